@@ -1,4 +1,4 @@
-"""Kernels shared by trainer and servers. Every public name is importable from here and loaded on first use."""
+"""Kernels shared by trainer and servers: every public name is importable from here, loaded on first use."""
 
 from __future__ import annotations
 
