@@ -1,0 +1,96 @@
+"""What every benchmark shares: ratios with their spread, the RESULT line, tables, the machine's name."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A measured ratio of us to a peer (or to a floor): median, lowest and highest of the repeats."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    goal: float
+    better: Literal["higher", "lower"] = "higher"
+
+
+def paired_ratio(
+    name: str,
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    goal: float,
+    better: Literal["higher", "lower"] = "higher",
+) -> Ratio:
+    """numerator[i] / denominator[i] of measurements taken in turn; median with the extremes."""
+    quotients = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return Ratio(name, statistics.median(quotients), min(quotients), max(quotients), goal, better)
+
+
+def take_turns(
+    first: Callable[[], float], second: Callable[[], float], repeats: int
+) -> tuple[list[float], list[float]]:
+    """Measurements of both sides in the order A B A B ..., so that both see the machine in the same state."""
+    a, b = [], []
+    for _ in range(repeats):
+        a.append(first())
+        b.append(second())
+    return a, b
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column is text and whose other columns are figures."""
+    grid = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        grid.add_row(*row)
+    Console(width=max(100, Console().width)).print(grid)
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores, torch and date, so that a figure can be judged later."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+        name = {k.strip(): v.strip() for k, v in fields.items()}.get("model name", name)
+    except OSError:  # not Linux
+        pass
+    return {
+        "cpu": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def print_result(benchmark: str, ratios: Sequence[Ratio], **extra: object) -> None:
+    """Print a table of the ratios and, as the last line, `RESULT {json}`."""
+    table(
+        f"{benchmark}: ratios",
+        ["what against whom", "value", "low", "high", "goal", "better"],
+        [[r.name, f"{r.value:.3g}", f"{r.low:.3g}", f"{r.high:.3g}", f"{r.goal:g}", r.better] for r in ratios],
+    )
+    body = {
+        "benchmark": benchmark,
+        "machine": machine(),
+        "ratios": {r.name: {k: v for k, v in asdict(r).items() if k != "name"} for r in ratios},
+        **extra,
+    }
+    print("RESULT " + json.dumps(body), flush=True)
