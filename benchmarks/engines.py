@@ -59,18 +59,27 @@ class Engine:
             raise EngineError(f"the engine ended with status {self._process.returncode}; {self.log} ends:\n{tail}")
         return json.loads(line)
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, **options: Any) -> dict[str, Any]:
-        """Greedy generation of exactly `max_tokens` tokens for each prompt.
-
-        Returns:
-            ``seconds`` of wall time; ``tokens`` as lists; from vLLM also ``decode_seconds``: the duration of
-            each engine step that produced one token for every running request.
-        """
+    def _ask(self, **request: Any) -> Any:
         assert self._process.stdin is not None
-        request = {"prompts": prompts, "max_tokens": max_tokens, **options}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._receive()
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, **options: Any) -> dict[str, Any]:
+        """Greedy generation of exactly `max_tokens` tokens for each prompt: ``seconds`` and ``tokens``."""
+        return self._ask(op="generate", prompts=prompts, max_tokens=max_tokens, **options)
+
+    def start(self, prompts: list[list[int]], max_tokens: int) -> float:
+        """vLLM only: add the requests and run until each has its first token; the seconds that took."""
+        return self._ask(op="start", prompts=prompts, max_tokens=max_tokens)
+
+    def steps(self, count: int) -> list[float]:
+        """vLLM only: the seconds of each of `count` engine steps, one token for every request a step."""
+        return self._ask(op="steps", count=count)
+
+    def finish(self) -> None:
+        """vLLM only: drop the running requests."""
+        self._ask(op="finish")
 
     def close(self) -> None:
         """End the child; safe to call twice."""
@@ -101,37 +110,62 @@ def serve_vllm(model: str, options: dict[str, Any], answers: Any) -> None:
     cache = engine.vllm_config.cache_config
     answer(answers, {"threads": os.environ.get("OMP_NUM_THREADS"), "block_size": cache.block_size})
     serial = 0
-    for line in sys.stdin:
-        request = json.loads(line)
-        params = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False)
-        started = time.perf_counter()
+    running: dict[str, int] = {}  # request id -> tokens so far
+    finished: dict[int, list[int]] = {}
+
+    def add(request: dict[str, Any]) -> None:
+        nonlocal serial
+        params = SamplingParams(
+            temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False
+        )
         for prompt in request["prompts"]:
             serial += 1
+            running[str(serial)] = 0
             engine.add_request(str(serial), {"prompt_token_ids": prompt}, params)
-        tokens: dict[int, list[int]] = {}
-        counts: dict[str, int] = {}
-        steps = []
+
+    def step() -> None:
+        for output in engine.step():
+            running[output.request_id] = len(output.outputs[0].token_ids)
+            if output.finished:
+                del running[output.request_id]
+                finished[int(output.request_id)] = list(output.outputs[0].token_ids)
+
+    def generate(request: dict[str, Any]) -> dict[str, Any]:
+        finished.clear()
+        started = time.perf_counter()
+        add(request)
+        while running:
+            step()
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "tokens": [finished[key] for key in sorted(finished)]}
+
+    def start(request: dict[str, Any]) -> float:
+        started = time.perf_counter()
+        add(request)
+        while min(running.values()) == 0:
+            step()
+        return time.perf_counter() - started
+
+    def steps(request: dict[str, Any]) -> list[float]:
+        seconds = []
+        for _ in range(request["count"]):
+            before, started = dict(running), time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - started)
+            if any(running.get(key) != count + 1 for key, count in before.items()):
+                raise RuntimeError(f"a step did not advance every request by one token: {before} -> {running}")
+        return seconds
+
+    def finish(_: dict[str, Any]) -> None:
+        engine.abort_request(list(running))
+        running.clear()
         while engine.has_unfinished_requests():
-            step_started = time.perf_counter()
-            outputs = engine.step()
-            duration = time.perf_counter() - step_started
-            advanced = 0
-            for output in outputs:
-                produced = len(output.outputs[0].token_ids)
-                advanced += produced - counts.get(output.request_id, 0) == 1 and produced > 1
-                counts[output.request_id] = produced
-                if output.finished:
-                    tokens[int(output.request_id.split("-")[0])] = list(output.outputs[0].token_ids)
-            if advanced == len(request["prompts"]):
-                steps.append(duration)
-        answer(
-            answers,
-            {
-                "seconds": time.perf_counter() - started,
-                "tokens": [tokens[key] for key in sorted(tokens)],
-                "decode_seconds": steps,
-            },
-        )
+            engine.step()
+
+    operations = {"generate": generate, "start": start, "steps": steps, "finish": finish}
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer(answers, operations[request["op"]](request))
 
 
 def serve_transformers(model: str, options: dict[str, Any], answers: Any) -> None:

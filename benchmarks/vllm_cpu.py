@@ -107,18 +107,31 @@ def against_llama(model: Path, label: str, work: Path, repeats: int) -> list[Rat
     ratios, rows = [], []
     with (
         Engine("vllm", model, work / f"vllm-{label}.log", VLLM, threads_of_vllm()) as ours,
-        Engine("vllm", llama, work / f"llama-{label}.log", {**VLLM, "load_format": "dummy"}, threads_of_vllm()) as peer,
+        Engine(
+            "vllm", llama, work / f"llama-{label}.log", {**VLLM, "load_format": "dummy"}, threads_of_vllm()
+        ) as peer,
     ):
         for batch in (1, 8, 32):
-            prompts = workload(batch, 16, 16, vocabulary=1000)
-            for engine in (ours, peer):
-                engine.generate(prompts, 8)
-            step = lambda engine, prompts=prompts: statistics.median(engine.generate(prompts, 64)["decode_seconds"])
-            a, b = take_turns(lambda: step(ours), lambda: step(peer), repeats)
+            a, b = decode_turns(ours, peer, workload(batch, 16, 16, vocabulary=1000), repeats, 32)
             ratios.append(paired_ratio(f"{label}: decode tokens/s against Llama, batch {batch}", b, a, 0.8))
             rows.append([str(batch), *(f"{batch / statistics.median(t):.0f}" for t in (a, b))])
     table(f"{label}: decode tokens/s, 16-token prompts", ["batch", "Kimi Linear (ours)", "Llama (upstream)"], rows)
     return ratios
+
+
+def decode_turns(
+    ours: Engine, peer: Engine, prompts: list[list[int]], repeats: int, steps: int
+) -> tuple[list[float], list[float]]:
+    """Median seconds of a decode step in turns of `steps` steps; the prompts are processed once."""
+    for engine in (ours, peer):
+        engine.start(prompts, max_tokens=(repeats + 1) * steps + 8)
+        engine.steps(steps)
+    turns = take_turns(
+        lambda: statistics.median(ours.steps(steps)), lambda: statistics.median(peer.steps(steps)), repeats
+    )
+    for engine in (ours, peer):
+        engine.finish()
+    return turns
 
 
 def long_context(work: Path, repeats: int, contexts: list[int], batches: list[int], plot: Path) -> list[Ratio]:
@@ -134,10 +147,7 @@ def long_context(work: Path, repeats: int, contexts: list[int], batches: list[in
         points = [(context, 1) for context in contexts] + [(contexts[1], b) for b in batches if b > 1]
         for context, batch in points:
             prompts = workload(batch, context, context, vocabulary=1000, seed=context)
-            step = lambda engine, prompts=prompts: statistics.median(
-                engine.generate(prompts, 24)["decode_seconds"]
-            )
-            a, b = take_turns(lambda: step(ours), lambda: step(peer), repeats)
+            a, b = decode_turns(ours, peer, prompts, repeats, 8)
             ratio = paired_ratio(f"decode time of all-MLA over hybrid, context {context}, batch {batch}", b, a, 1.0)
             ratios.append(ratio)
             curves[(context, batch)] = ratio
