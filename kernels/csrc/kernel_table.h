@@ -3,7 +3,8 @@
 
 namespace kimi {
 
-struct KernelEntry {
+// As large as it is aligned, so that the entries of a section form an array.
+struct alignas(32) KernelEntry {
   const char* name;
   const char* isa;
   void* function;

@@ -59,12 +59,14 @@ KIMI_INLINE void store(bf16* p, vf v) {
 
 template <class T>
 KIMI_INLINE vf load_n(const T* p, int n) {
+  if (__builtin_expect(n == kLanes, 1)) return load(p);
   T tmp[kLanes] = {};
   std::memcpy(tmp, p, n * sizeof(T));
   return load(tmp);
 }
 template <class T>
 KIMI_INLINE void store_n(T* p, vf v, int n) {
+  if (__builtin_expect(n == kLanes, 1)) return store(p, v);
   T tmp[kLanes];
   store(tmp, v);
   std::memcpy(p, tmp, n * sizeof(T));

@@ -22,6 +22,9 @@ FILE_NAME = "libkimi_kernels_cpu.so"
 ISAS = ("avx512", "avx2", "generic")  # best first
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
+# A parallel region costs a few microseconds, in which one core does about this many fused multiply-adds.
+_WORK_WORTH_THREADS = 1 << 16
+
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -182,6 +185,11 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
 def pointer_array(tensors: list[torch.Tensor]) -> Any:
     """A C array of the tensors' addresses; keep it alive during the call."""
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def threads(work: int) -> int:
+    """Threads worth using for `work` elementary operations: torch's number, or 1 for little work."""
+    return torch.get_num_threads() if work > _WORK_WORTH_THREADS else 1
 
 
 def refuses_dtype(*tensors: torch.Tensor | None) -> str | None:

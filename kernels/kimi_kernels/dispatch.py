@@ -1,10 +1,10 @@
 """Which implementation of an op runs, and why.
 
-An op is a name; a backend ("cpu", "triton", "reference") registers a function for it, and another function that takes
-the same arguments and answers None or the reason why this backend cannot run them. Custom ops call `run` from their
-body, that is at run time, so that compiled graphs hold the op and not the choice.
+An op is a name; a backend ("cpu", "triton", "reference") registers a function for it, and another function
+that takes the same arguments and answers None or the reason why this backend cannot run them. Custom ops call
+`run` from their body, that is at run time, so that compiled graphs hold the op and not the choice.
 
-`KIMI_KERNELS_BACKEND=reference|cpu|triton` forces a backend; if it cannot run the input, BackendError says why.
+`KIMI_KERNELS_BACKEND=reference|cpu|triton` forces one; if it cannot run the input, BackendError says why.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def run(op: str, device: torch.device, *args: Any) -> Any:
 
 
 def backend_report() -> list[BackendChoice]:
-    """What each op would run on here, for float32 inputs that every backend takes; CUDA rows where there is one."""
+    """What each op runs on here, for inputs that its backends take. CUDA has rows where there is a GPU."""
     import kimi_kernels
 
     for module in pkgutil.iter_modules(kimi_kernels.__path__):
