@@ -29,8 +29,9 @@ def install_torch(session: nox.Session) -> None:
 
 
 def install_project(session: nox.Session) -> None:
-    """Build and install this checkout: a real wheel, as a user gets it, with warnings as errors."""
-    session.install("-q", "--force-reinstall", "--no-deps", ".", "-Ccmake.define.KIMI_WERROR=ON")
+    """Build and install this checkout as a real wheel; in CI, compiler warnings are errors."""
+    strict = ["-Ccmake.define.KIMI_WERROR=ON"] if os.environ.get("CI") else []
+    session.install("-q", "--force-reinstall", "--no-deps", ".", *strict)
 
 
 def install_vllm(session: nox.Session) -> None:
@@ -49,8 +50,17 @@ def run_tests(session: nox.Session, *paths: str) -> None:
     tests = [str(root / path) for path in paths]
     arguments = session.posargs or []
     session.chdir(session.create_tmp())
-    session.run("pytest", "-c", str(root / "pyproject.toml"), "--rootdir", str(root), "-p", "no:cacheprovider",
-                *tests, *arguments)
+    session.run(
+        "pytest",
+        "-c",
+        str(root / "pyproject.toml"),
+        "--rootdir",
+        str(root),
+        "-p",
+        "no:cacheprovider",
+        *tests,
+        *arguments,
+    )
 
 
 @nox.session(python="3.11")
@@ -66,8 +76,17 @@ def lint(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Kernels and models against float64 references and transformers, and the command line."""
     install_torch(session)
-    session.install("-q", *TEST_TOOLS, "transformers==5.19.0", "jinja2", "safetensors", "tokenizers",
-                    "huggingface_hub", "rich", "typer")
+    session.install(
+        "-q",
+        *TEST_TOOLS,
+        "transformers==5.19.0",
+        "jinja2",
+        "safetensors",
+        "tokenizers",
+        "huggingface_hub",
+        "rich",
+        "typer",
+    )
     install_project(session)
     run_tests(session, "tests/kernels", "tests/models", "tests/cli")
 

@@ -67,7 +67,9 @@ def machine() -> dict[str, str | int]:
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
-            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+            fields = dict(
+                line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line
+            )
         name = {k.strip(): v.strip() for k, v in fields.items()}.get("model name", name)
     except OSError:  # not Linux
         pass
@@ -85,7 +87,10 @@ def print_result(benchmark: str, ratios: Sequence[Ratio], **extra: object) -> No
     table(
         f"{benchmark}: ratios",
         ["what against whom", "value", "low", "high", "goal", "better"],
-        [[r.name, f"{r.value:.3g}", f"{r.low:.3g}", f"{r.high:.3g}", f"{r.goal:g}", r.better] for r in ratios],
+        [
+            [r.name, f"{r.value:.3g}", f"{r.low:.3g}", f"{r.high:.3g}", f"{r.goal:g}", r.better]
+            for r in ratios
+        ],
     )
     body = {
         "benchmark": benchmark,

@@ -36,7 +36,15 @@ class Engine:
     ) -> None:
         self.log = log
         read_end, write_end = os.pipe()
-        command = [sys.executable, "-m", "benchmarks.engines", kind, str(model), str(write_end), json.dumps(options)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.engines",
+            kind,
+            str(model),
+            str(write_end),
+            json.dumps(options),
+        ]
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 command,
@@ -56,7 +64,9 @@ class Engine:
         if not line:
             self._process.wait()
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
-            raise EngineError(f"the engine ended with status {self._process.returncode}; {self.log} ends:\n{tail}")
+            raise EngineError(
+                f"the engine ended with status {self._process.returncode}; {self.log} ends:\n{tail}"
+            )
         return json.loads(line)
 
     def _ask(self, **request: Any) -> Any:
@@ -153,7 +163,9 @@ def serve_vllm(model: str, options: dict[str, Any], answers: Any) -> None:
             step()
             seconds.append(time.perf_counter() - started)
             if any(running.get(key) != count + 1 for key, count in before.items()):
-                raise RuntimeError(f"a step did not advance every request by one token: {before} -> {running}")
+                raise RuntimeError(
+                    f"a step did not advance every request by one token: {before} -> {running}"
+                )
         return seconds
 
     def finish(_: dict[str, Any]) -> None:

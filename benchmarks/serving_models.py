@@ -12,7 +12,9 @@ from kimi_models.tiny import write_tiny
 CHECKPOINT = Path(__file__).parent.parent / "models" / "checkpoints" / "tiny-linear"
 
 
-def hybrid_config(layers: int, hidden: int, heads: int, *, kda: bool = True, **fields: object) -> KimiLinearConfig:
+def hybrid_config(
+    layers: int, hidden: int, heads: int, *, kda: bool = True, **fields: object
+) -> KimiLinearConfig:
     """Kimi Linear at a small size, three KDA layers to one MLA layer as published; all MLA with `kda=False`."""
     full = [layer for layer in range(1, layers + 1) if layer % 4 == 0 or not kda]
     raw = {

@@ -23,7 +23,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import Ratio, paired_ratio, print_result, table, take_turns
 from benchmarks.engines import Engine
@@ -36,9 +35,7 @@ VLLM = {"dtype": "bfloat16", "max_num_seqs": 32, "max_model_len": 2048}
 def workload(requests: int, shortest: int, longest: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
     """Prompts of random tokens, lengths spread evenly in the logarithm between `shortest` and `longest`."""
     rng = random.Random(seed)
-    lengths = [
-        round(shortest * (longest / shortest) ** (i / max(1, requests - 1))) for i in range(requests)
-    ]
+    lengths = [round(shortest * (longest / shortest) ** (i / max(1, requests - 1))) for i in range(requests)]
     rng.shuffle(lengths)
     return [[rng.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
 
@@ -61,8 +58,11 @@ def threads_of_vllm() -> dict[str, str]:
 def throughput(model: Path, label: str, goal: float, work: Path, repeats: int, requests: int) -> list[Ratio]:
     prompts = workload(requests, 16, 1024 if requests >= 32 else 128, vocabulary=1000)
     with both_engines(model, work) as (ours, peer):
-        candidates = {size: peer.generate(prompts, 64, batch_size=size)["seconds"] for size in (4, 8, 16, 32)
-                      if size <= requests}
+        candidates = {
+            size: peer.generate(prompts, 64, batch_size=size)["seconds"]
+            for size in (4, 8, 16, 32)
+            if size <= requests
+        }
         best = min(candidates, key=lambda size: candidates[size])
         ours.generate(prompts, 64)
         a, b = take_turns(
@@ -75,9 +75,16 @@ def throughput(model: Path, label: str, goal: float, work: Path, repeats: int, r
         f"{label}: {requests} requests, 64 outputs each",
         ["engine", "seconds", "requests/s", "output tokens/s"],
         [
-            [name, f"{statistics.median(t):.2f}", f"{requests / statistics.median(t):.2f}",
-             f"{64 * requests / statistics.median(t):.0f}"]
-            for name, t in (("vLLM + kimi-stack", a), (f"transformers, batch {best} (best of {list(candidates)})", b))
+            [
+                name,
+                f"{statistics.median(t):.2f}",
+                f"{requests / statistics.median(t):.2f}",
+                f"{64 * requests / statistics.median(t):.0f}",
+            ]
+            for name, t in (
+                ("vLLM + kimi-stack", a),
+                (f"transformers, batch {best} (best of {list(candidates)})", b),
+            )
         ],
     )
     return [ratio]
@@ -96,7 +103,10 @@ def latency(model: Path, label: str, work: Path, repeats: int) -> list[Ratio]:
     table(
         f"{label}: batch 1, 16-token prompt, 128 outputs",
         ["engine", "tokens/s"],
-        [[n, f"{128 / statistics.median(t):.0f}"] for n, t in (("vLLM + kimi-stack", a), ("transformers", b))],
+        [
+            [n, f"{128 / statistics.median(t):.0f}"]
+            for n, t in (("vLLM + kimi-stack", a), ("transformers", b))
+        ],
     )
     return [paired_ratio(f"{label}: batch-1 tokens/s against transformers", b, a, 1.0)]
 
@@ -115,7 +125,11 @@ def against_llama(model: Path, label: str, work: Path, repeats: int) -> list[Rat
             a, b = decode_turns(ours, peer, workload(batch, 16, 16, vocabulary=1000), repeats, 32)
             ratios.append(paired_ratio(f"{label}: decode tokens/s against Llama, batch {batch}", b, a, 0.8))
             rows.append([str(batch), *(f"{batch / statistics.median(t):.0f}" for t in (a, b))])
-    table(f"{label}: decode tokens/s, 16-token prompts", ["batch", "Kimi Linear (ours)", "Llama (upstream)"], rows)
+    table(
+        f"{label}: decode tokens/s, 16-token prompts",
+        ["batch", "Kimi Linear (ours)", "Llama (upstream)"],
+        rows,
+    )
     return ratios
 
 
@@ -134,11 +148,17 @@ def decode_turns(
     return turns
 
 
-def long_context(work: Path, repeats: int, contexts: list[int], batches: list[int], plot: Path) -> list[Ratio]:
+def long_context(
+    work: Path, repeats: int, contexts: list[int], batches: list[int], plot: Path
+) -> list[Ratio]:
     """The paper's claim: what a token costs as the context, or the batch, grows."""
     hybrid, all_mla, cache_bytes = long_context_pair(work)
-    options = {**VLLM, "max_model_len": max(contexts) + 64, "max_num_batched_tokens": max(contexts) + 64,
-               "max_num_seqs": max(batches)}
+    options = {
+        **VLLM,
+        "max_model_len": max(contexts) + 64,
+        "max_num_batched_tokens": max(contexts) + 64,
+        "max_num_seqs": max(batches),
+    }
     ratios, rows, curves = [], [], {}
     with (
         Engine("vllm", hybrid, work / "hybrid.log", options, threads_of_vllm()) as ours,
@@ -148,12 +168,22 @@ def long_context(work: Path, repeats: int, contexts: list[int], batches: list[in
         for context, batch in points:
             prompts = workload(batch, context, context, vocabulary=1000, seed=context)
             a, b = decode_turns(ours, peer, prompts, repeats, 8)
-            ratio = paired_ratio(f"decode time of all-MLA over hybrid, context {context}, batch {batch}", b, a, 1.0)
+            ratio = paired_ratio(
+                f"decode time of all-MLA over hybrid, context {context}, batch {batch}", b, a, 1.0
+            )
             ratios.append(ratio)
             curves[(context, batch)] = ratio
             size = [cache_bytes(kind, context) * batch / 2**20 for kind in ("hybrid", "all-mla")]
-            rows.append([str(context), str(batch), *(f"{1e3 * statistics.median(t):.2f}" for t in (a, b)),
-                         f"{ratio.value:.2f}", f"{size[0]:.1f}", f"{size[1]:.1f}"])
+            rows.append(
+                [
+                    str(context),
+                    str(batch),
+                    *(f"{1e3 * statistics.median(t):.2f}" for t in (a, b)),
+                    f"{ratio.value:.2f}",
+                    f"{size[0]:.1f}",
+                    f"{size[1]:.1f}",
+                ]
+            )
     table(
         "decode step, milliseconds; cache, MiB",
         ["context", "batch", "hybrid 3:1", "all MLA", "ratio", "cache hybrid", "cache all MLA"],
@@ -163,7 +193,9 @@ def long_context(work: Path, repeats: int, contexts: list[int], batches: list[in
     return ratios
 
 
-def plot_context(curves: dict[tuple[int, int], Ratio], contexts: list[int], batches: list[int], path: Path) -> None:
+def plot_context(
+    curves: dict[tuple[int, int], Ratio], contexts: list[int], batches: list[int], path: Path
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,12 +226,16 @@ def plot_context(curves: dict[tuple[int, int], Ratio], contexts: list[int], batc
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="the committed checkpoint only, under 50 s")
     parser.add_argument("--part", action="append", choices=PARTS, help="measure only this; may be repeated")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each side (default 5)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the plot")
-    parser.add_argument("--keep-logs", type=Path, help="folder for models and engine logs (default: temporary)")
+    parser.add_argument(
+        "--keep-logs", type=Path, help="folder for models and engine logs (default: temporary)"
+    )
     args = parser.parse_args(arguments)
     try:
         import vllm_kimi.plugin  # noqa: F401
@@ -215,14 +251,18 @@ def main(arguments: list[str] | None = None) -> None:
             models.append((hybrid_60m(work), "60M"))
         for part in parts:
             if part == "context":
-                contexts, batches = ([1024, 2048], [1, 4]) if args.quick else ([1024, 8192, 32768], [1, 4, 16])
-                ratios += long_context(work, min(args.repeats, 3), contexts, batches,
-                                       args.out / "vllm_cpu_context.png")
+                contexts, batches = (
+                    ([1024, 2048], [1, 4]) if args.quick else ([1024, 8192, 32768], [1, 4, 16])
+                )
+                ratios += long_context(
+                    work, min(args.repeats, 3), contexts, batches, args.out / "vllm_cpu_context.png"
+                )
                 continue
             for model, label in models:
                 if part == "throughput":
-                    ratios += throughput(model, label, 4.0, work, 2 if args.quick else args.repeats,
-                                         8 if args.quick else 32)
+                    ratios += throughput(
+                        model, label, 4.0, work, 2 if args.quick else args.repeats, 8 if args.quick else 32
+                    )
                 elif part == "latency":
                     ratios += latency(model, label, work, args.repeats)
                 else:

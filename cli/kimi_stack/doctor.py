@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kimi_stack.report import Row
+from kimi_stack.report import Row, Status
 
 # The stacks this project serves and the distributions that provide each of them.
 STACKS: dict[str, tuple[str, ...]] = {
@@ -44,9 +45,14 @@ def kernel_rows() -> list[Row]:
         return [Row("kimi_kernels", "fail", str(error), "pip install kimi-stack into this environment")]
     rows = []
     for op, device, backend, reason in kimi_kernels.backend_report():
-        # The reference is right but slow: worth a warning on the device it runs on.
-        status = "warn" if backend == "reference" and device == "cpu" else "ok" if backend != "none" else "info"
-        fix = "reinstall kimi-stack with a C++20 compiler present" if status == "warn" else ""
+        status: Status = "ok"
+        fix = ""
+        if backend == "none":
+            status, fix = "fail", "unset KIMI_KERNELS_BACKEND, or force a backend that this machine has"
+        elif backend == "reference" and "KIMI_KERNELS_BACKEND" in os.environ:
+            status, fix = "warn", "the reference is right but slow: unset KIMI_KERNELS_BACKEND"
+        elif backend == "reference" and device == "cpu":
+            status, fix = "fail", "reinstall kimi-stack where a C++20 compiler with OpenMP is present"
         rows.append(Row(f"{op} ({device})", status, f"{backend}: {reason}", fix))
     return rows
 
@@ -61,14 +67,20 @@ def stack_rows() -> list[Row]:
         if found is None:
             rows.append(Row(stack, "info", "not installed"))
         elif reporter is None:
-            rows.append(Row(stack, "info", f"{found[0]} {found[1]}; this version of kimi-stack has no plugin for it"))
+            rows.append(
+                Row(stack, "info", f"{found[0]} {found[1]}; this version of kimi-stack has no plugin for it")
+            )
         else:
             try:
                 rows.extend(reporter.load()())
             except Exception as error:  # a broken plugin is a finding, not a crash of the doctor
                 rows.append(
-                    Row(stack, "fail", f"{found[0]} {found[1]}: {type(error).__name__}: {error}",
-                        "reinstall kimi-stack and the stack in one environment")
+                    Row(
+                        stack,
+                        "fail",
+                        f"{found[0]} {found[1]}: {type(error).__name__}: {error}",
+                        "reinstall kimi-stack and the stack in one environment",
+                    )
                 )
     return rows
 

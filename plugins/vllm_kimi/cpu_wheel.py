@@ -30,7 +30,9 @@ def write_metadata() -> Path:
     if version is None:
         raise RuntimeError(f"{PROVIDER} is not installed in {sys.prefix}: nothing to mend")
     if _version("vllm") is not None:
-        raise RuntimeError(f"a distribution called vllm {_version('vllm')} is installed: its command needs no mending")
+        raise RuntimeError(
+            f"a distribution called vllm {_version('vllm')} is installed: its command needs no mending"
+        )
     site = Path(str(importlib.metadata.distribution(PROVIDER).locate_file("")))
     local = version if "cpu" in version else f"{version}+cpu"
     folder = site / f"vllm-{local}.dist-info"

@@ -29,7 +29,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module", params=["tiny-linear", "tiny-attnres"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
     """Address and model name of a running `vllm serve`; stopped with the signal a user would send."""
     port, name = free_port(), request.param
     log = tmp_path_factory.mktemp("server") / "log"
@@ -74,9 +76,12 @@ def test_lists_the_model(client: openai.OpenAI, server: tuple[str, str]) -> None
 
 
 def test_completion_continues_python(client: openai.OpenAI, server: tuple[str, str]) -> None:
-    """The checkpoint is trained on Python sources: what it writes after `import` is a module of the library."""
+    """The checkpoint is trained on Python sources: after `import` it writes a module of the library."""
     answer = client.completions.create(
-        model=server[1], prompt="from __future__ import annotations\n\nimport os\nimport", max_tokens=24, temperature=0
+        model=server[1],
+        prompt="from __future__ import annotations\n\nimport os\nimport",
+        max_tokens=24,
+        temperature=0,
     )
     text = answer.choices[0].text
     first_word = text.split()[0].split(".")[0].rstrip(",")
@@ -101,7 +106,11 @@ def test_concurrent_requests_equal_single_ones(client: openai.OpenAI, server: tu
     prompts = [f"import os\n\n\nclass Number{i}:\n    def __init__(self" for i in range(8)]
 
     def complete(prompt: str) -> str:
-        return client.completions.create(model=server[1], prompt=prompt, max_tokens=16, temperature=0).choices[0].text
+        return (
+            client.completions.create(model=server[1], prompt=prompt, max_tokens=16, temperature=0)
+            .choices[0]
+            .text
+        )
 
     alone = [complete(prompt) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
