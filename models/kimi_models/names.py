@@ -51,7 +51,7 @@ class Weight:
             if size % tp_size:
                 raise ValueError(
                     f"{self.name} has {size} in dimension {self.split_dim}, not divisible by the "
-                    f"tensor-parallel size {tp_size}: use a size that divides the number of heads and the widths"
+                    f"tensor-parallel size {tp_size}: use one that divides the heads and the widths"
                 )
             part = size // tp_size
             slices[self.split_dim] = slice(rank * part, (rank + 1) * part)

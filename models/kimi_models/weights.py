@@ -85,7 +85,7 @@ def save_weights(
 ) -> list[Path]:
     """Writes the published names: one file, or numbered files and an index above `max_file_bytes`.
 
-    `dtype` (default: the config's) is that of all tensors but those the published checkpoint keeps in float32.
+    `dtype` (default: the config's) is that of all tensors but those that are published in float32.
     """
     dtype = dtype or getattr(torch, config.dtype)
     path = Path(folder)
@@ -175,8 +175,8 @@ def _check_header(weight: Weight, header: object, file: Path) -> None:
         same = [n for n in shape if n != 1] == [n for n in weight.shape if n != 1]
     if not same:
         raise WeightError(
-            f"{weight.name} has shape {list(shape)} in {file.name}, the config asks for {list(weight.shape)}: "
-            "the weights belong to another config"
+            f"{weight.name} has shape {list(shape)} in {file.name}, the config asks for "
+            f"{list(weight.shape)}: the weights belong to another config"
         )
     if dtype not in _FLOATS:
         raise WeightError(
