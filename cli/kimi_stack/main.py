@@ -7,7 +7,6 @@ A package adds a sub-command with an entry point in the group `kimi_stack.comman
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 
 import typer
 
@@ -52,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
