@@ -1,0 +1,1 @@
+"""Kimi Linear for vLLM: our model class, KDA and latent-attention layers, registered by an entry point."""

@@ -1,0 +1,285 @@
+"""The KDA layer: projections, the paged state of vLLM's Mamba interface, and one kernel call for a batch part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from kimi_kernels import kda_decode, kda_prefill
+from kimi_models import KimiLinearConfig
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
+from vllm.v1.kv_cache_interface import MambaSpec
+
+
+def state_shape(config: KimiLinearConfig, tp_size: int, num_speculative: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one sequence's (conv history, recurrent state) on one of `tp_size` ranks.
+
+    The conv history is [width - 1 + num_speculative, 3 * heads * head_dim], the state [heads, V, K].
+    """
+    la = config.linear_attn_config
+    return MambaStateShapeCalculator.kda_state_shape(
+        tp_size,
+        la.num_heads,
+        la.head_dim,
+        conv_kernel_size=la.short_conv_kernel_size,
+        num_spec=num_speculative,
+    )
+
+
+def state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+    """Dtypes of (conv history, recurrent state): the model's, and float32 as the kernels keep it."""
+    return MambaStateDtypeCalculator.kda_state_dtype(
+        vllm_config.model_config.dtype, vllm_config.cache_config.mamba_cache_dtype
+    )
+
+
+@dataclass
+class KDAPart:
+    """A run of tokens that one kernel call serves, or a scattered set of them when `tokens` is a tensor.
+
+    `states` is int32, [N] or, for speculative rows, [N, S + 1].
+    """
+
+    tokens: slice | torch.Tensor
+    states: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    has_state: torch.Tensor | None = None
+    num_accepted: torch.Tensor | None = None
+
+
+@dataclass
+class KDAMetadata:
+    """What the KDA layers of one cache group need to know of a batch: its parts, at most one of each kind."""
+
+    num_tokens: int
+    parts: list[KDAPart]
+
+
+class KDABackend(AttentionBackend):
+    """Names the metadata builder to vLLM; the layer itself computes."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "KIMI_KDA"
+
+    @staticmethod
+    def get_builder_cls() -> type[KDAMetadataBuilder]:
+        return KDAMetadataBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        return True
+
+
+class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
+    """Splits a batch into decodes, prefills and speculative rows.
+
+    Of its base it keeps only the type: vLLM's runner hands accepted and drafted token counts to builders of
+    that type.
+    """
+
+    supports_update_block_table: ClassVar[bool] = False
+    kv_cache_spec: MambaSpec
+
+    def __init__(
+        self, kv_cache_spec: MambaSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
+        self.speculative = vllm_config.num_speculative_tokens > 0
+        self.cache_mode = vllm_config.cache_config.mamba_cache_mode
+        self._init_reorder_batch_threshold(1, self.speculative)
+
+    def build(  # type: ignore[override]
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        num_accepted_tokens: torch.Tensor | None = None,
+        num_decode_draft_tokens_cpu: torch.Tensor | None = None,
+        fast_build: bool = False,
+    ) -> Any:
+        m = common_attn_metadata
+        table = mamba_get_block_table_tensor(
+            m.block_table_tensor, m.seq_lens, self.kv_cache_spec, self.cache_mode
+        )
+        if self.speculative and num_decode_draft_tokens_cpu is not None and num_accepted_tokens is not None:
+            drafted = num_decode_draft_tokens_cpu[: m.num_reqs] >= 0
+            if drafted.any():
+                return self._build_speculative(m, table, drafted, num_accepted_tokens)
+        states = table[:, 0].contiguous()
+        if m.max_query_len == 1 and m.num_actual_tokens == m.num_reqs and bool((m.seq_lens > 1).all()):
+            return KDAMetadata(m.num_actual_tokens, [KDAPart(slice(0, m.num_reqs), states)])
+        lengths = m.query_start_loc_cpu.diff()
+        context = m.seq_lens[: m.num_reqs].cpu() - lengths
+        # The runner puts decodes first. A prompt of one token is no decode: its slot holds another's state.
+        decodes = int(((lengths == 1) & (context > 0)).long().cumprod(0).sum())
+        parts = []
+        if decodes:
+            parts.append(KDAPart(slice(0, decodes), states[:decodes]))
+        if decodes < m.num_reqs:
+            parts.append(
+                KDAPart(
+                    slice(decodes, m.num_actual_tokens),
+                    states[decodes:],
+                    cu_seqlens=(m.query_start_loc[decodes:] - decodes).int(),
+                    has_state=(context[decodes:] > 0).to(self.device),
+                )
+            )
+        return KDAMetadata(m.num_actual_tokens, parts)
+
+    def _build_speculative(
+        self,
+        m: CommonAttentionMetadata,
+        table: torch.Tensor,
+        drafted: torch.Tensor,
+        num_accepted: torch.Tensor,
+    ) -> KDAMetadata:
+        lengths = m.query_start_loc_cpu.diff()
+        context = m.seq_lens[: m.num_reqs].cpu() - lengths
+        owner = torch.repeat_interleave(drafted, lengths)
+        parts = []
+        for rows, speculative in ((drafted, True), (~drafted, False)):
+            if not rows.any():
+                continue
+            cu_seqlens = nn.functional.pad(lengths[rows].cumsum(0), (1, 0)).int().to(self.device)
+            tokens: slice | torch.Tensor = (owner == speculative).nonzero().squeeze(1).to(self.device)
+            first = int(tokens[0])
+            if int(tokens[-1]) - first + 1 == tokens.numel():
+                tokens = slice(first, first + tokens.numel())
+            if speculative:
+                accepted = num_accepted[: m.num_reqs][rows].int()
+                parts.append(KDAPart(tokens, table[rows].contiguous(), cu_seqlens, num_accepted=accepted))
+            else:
+                parts.append(KDAPart(tokens, table[rows, 0].contiguous(), cu_seqlens, context[rows] > 0))
+        return KDAMetadata(m.num_actual_tokens, parts)
+
+
+class KimiDeltaAttention(nn.Module, MambaBase):
+    """KDA of Kimi Linear (paper section 4) with the low-rank decay and output gates.
+
+    Heads are split over tensor-parallel ranks; the gates' down projections, whose output all heads read, are
+    held by each rank whole. All projections from the hidden state are one matrix product.
+    """
+
+    def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        la = config.linear_attn_config
+        self.config = config
+        self.vllm_config = vllm_config
+        self.prefix = prefix
+        self.tp_size = get_tensor_model_parallel_world_size()
+        self.head_dim = la.head_dim
+        self.num_heads = la.num_heads // self.tp_size
+        self.lower_bound = la.gate_lower_bound
+        self.norm_eps = config.rms_norm_eps
+        self.width = self.num_heads * self.head_dim
+        # Rows of the merged projection: q, k, v, decay down, gate down, beta.
+        self.splits = (3 * self.width, 2 * self.head_dim, self.num_heads)
+        self.in_proj = ReplicatedLinear(
+            config.hidden_size, sum(self.splits), bias=False, prefix=f"{prefix}.in_proj", return_bias=False
+        )
+        self.gate_up = nn.Parameter(torch.empty(2, self.width, self.head_dim), requires_grad=False)
+        self.conv_weight = nn.Parameter(
+            torch.empty(3 * self.width, la.short_conv_kernel_size, dtype=torch.float32), requires_grad=False
+        )
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32), requires_grad=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.width, dtype=torch.float32), requires_grad=False)
+        self.norm_weight = nn.Parameter(torch.empty(self.head_dim, dtype=torch.float32), requires_grad=False)
+        self.o_proj = RowParallelLinear(
+            la.projection_size, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj", return_bias=False
+        )
+        context = vllm_config.compilation_config.static_forward_context
+        if prefix in context:
+            raise ValueError(f"layer name {prefix} is taken: build one model per engine")
+        context[prefix] = self
+
+    # vLLM's Mamba interface
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum.GDN_ATTN
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return KDABackend
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return state_shape(self.config, self.tp_size, self.vllm_config.num_speculative_tokens)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return state_dtype(self.vllm_config)
+
+    def places(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(published name below the layer, local tensor) of every weight."""
+        w, d = self.width, self.head_dim
+        rows = self.in_proj.weight.data.split([w, w, w, d, d, self.num_heads])
+        for name, piece in zip(("q", "k", "v", "f_a", "g_a", "b"), rows):
+            yield f"{name}_proj.weight", piece
+        for name, piece in zip("qkv", self.conv_weight.data.split(w)):
+            yield f"{name}_conv1d.weight", piece
+        yield "f_b_proj.weight", self.gate_up.data[0]
+        yield "g_b_proj.weight", self.gate_up.data[1]
+        yield "A_log", self.A_log.data
+        yield "dt_bias", self.dt_bias.data
+        yield "o_norm.weight", self.norm_weight.data
+        yield "o_proj.weight", self.o_proj.weight.data
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] -> [tokens, hidden]. A dry run of the engine (no metadata) leaves the state alone."""
+        metadata = self._metadata()
+        qkv, down, beta = self.in_proj(hidden_states).split(self.splits, dim=-1)
+        down = down.unflatten(-1, (2, self.head_dim)).transpose(0, 1)
+        gates = torch.bmm(down, self.gate_up.transpose(1, 2)).unflatten(-1, (self.num_heads, self.head_dim))
+        make = hidden_states.new_zeros if metadata is None else hidden_states.new_empty
+        core = make((hidden_states.shape[0], self.width))
+        if metadata is not None:
+            conv_state, state = self.kv_cache
+            for part in metadata.parts:
+                self._run(part, qkv, gates[0], beta, gates[1], conv_state, state, core)
+        return self.o_proj(core)
+
+    def _metadata(self) -> KDAMetadata | None:
+        metadata = get_forward_context().attn_metadata
+        return metadata.get(self.prefix) if isinstance(metadata, dict) else None
+
+    def _run(
+        self,
+        part: KDAPart,
+        qkv: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        gate: torch.Tensor,
+        conv_state: torch.Tensor,
+        state: torch.Tensor,
+        core: torch.Tensor,
+    ) -> None:
+        t = part.tokens
+        contiguous = isinstance(t, slice)
+        shared = dict(
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            lower_bound=self.lower_bound,
+            norm_eps=self.norm_eps,
+            out=core[t] if contiguous else None,
+        )
+        inputs = (qkv[t], decay[t], beta[t], gate[t], self.conv_weight, conv_state, state, part.states)
+        parameters = (self.A_log, self.dt_bias, self.norm_weight)
+        if part.has_state is not None:
+            result = kda_prefill(*inputs, part.cu_seqlens, part.has_state, *parameters, **shared)
+        elif part.num_accepted is not None:
+            result = kda_decode(
+                *inputs, *parameters, cu_seqlens=part.cu_seqlens, num_accepted_tokens=part.num_accepted, **shared
+            )
+        else:
+            result = kda_decode(*inputs, *parameters, **shared)
+        if not contiguous:
+            core[t] = result
