@@ -1,0 +1,176 @@
+// Mixture of SwiGLU experts: out[t] = sum_j weight[t, j] * w2[e] (silu(w1[e] x[t]) * (w3[e] x[t])) with e = ids[t, j].
+//
+// Tokens are grouped by expert; threads share out blocks of weight rows, so that each row is read once. A token's terms
+// are added in the order of the experts, whoever computes them: it gets the same bits in any batch.
+#include <cstdlib>
+
+#include "dots.h"
+#include "isa.h"
+#include "simd.h"
+
+namespace kimi::KIMI_ISA {
+namespace {
+
+constexpr int64_t kBlock = 16;   // weight rows in a work item
+constexpr int64_t kRowTile = 32;  // tokens whose sums are held at once
+// With more tokens than this an expert's bf16 rows are widened once for all of them.
+constexpr int64_t kWidenAbove = 8;
+
+float* aligned_floats(int64_t count) {
+  return static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64 + 64));
+}
+
+// The pairs (token, choice) of each expert: those of expert e are at start[e] .. start[e + 1].
+struct Groups {
+  int64_t *start, *token, *active;
+  float* weight;
+  int64_t actives, most;
+};
+
+// Copy `rows` rows of w as fp32, followed by zero rows up to a whole column block.
+template <class W>
+const float* widen(const W* w, int64_t rows, int64_t K, float* wide) {
+  const int64_t filled = (rows + kColBlock - 1) / kColBlock * kColBlock;
+  for (int64_t r = 0; r < filled; ++r) {
+    for (int64_t k = 0; k < K; k += kLanes) {
+      const int m = K - k < kLanes ? int(K - k) : kLanes;
+      store_n(wide + r * K + k, r < rows ? load_n(w + r * K + k, m) : vf{}, m);
+    }
+  }
+  return wide;
+}
+
+// sums[r, n] = <a row r, w row n> for R rows of a and `rows` <= kBlock rows of w.
+template <class W>
+void product(const float* a, int64_t R, const W* w, int64_t rows, int64_t K, const float* wide, float* sums) {
+  const int64_t filled = (rows + kColBlock - 1) / kColBlock * kColBlock;
+  if (wide) {
+    dots(a, K, R, wide, K, filled, K, sums, kBlock);
+  } else {
+    dots(a, K, R, w, K, filled, K, sums, kBlock);
+  }
+}
+
+// Should these rows be copied before use? Short blocks must be, bf16 rows may be worth it.
+template <class W>
+bool worth_widening(int64_t rows, int64_t tokens) {
+  return rows % kColBlock != 0 || (sizeof(W) == 2 && tokens > kWidenAbove);
+}
+
+template <class T>
+void experts(const T* x, const T* w13, const T* w2, const Groups& g, T* out, int64_t tokens, int64_t E, int64_t D,
+             int64_t I, int threads) {
+  const int64_t pairs = g.start[E];
+  float* wide_x = aligned_floats(tokens * D);
+  float* hidden = aligned_floats(pairs * I);
+  const int64_t up_blocks = (I + kBlock - 1) / kBlock, down_blocks = (D + kBlock - 1) / kBlock;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t longest = (D > I ? D : I);
+    float* rows_a = aligned_floats(2 * kBlock * longest + g.most * longest + 2 * kRowTile * kBlock + tokens * kBlock);
+    float *rows_b = rows_a + kBlock * longest, *gathered = rows_b + kBlock * longest;
+    float *sums_a = gathered + g.most * longest, *sums_b = sums_a + kRowTile * kBlock;
+    float* total = sums_b + kRowTile * kBlock;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const int m = D - d < kLanes ? int(D - d) : kLanes;
+        store_n(wide_x + t * D + d, load_n(x + t * D + d, m), m);
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < g.actives * up_blocks; ++item) {
+      const int64_t e = g.active[item / up_blocks], first = item % up_blocks * kBlock;
+      const int64_t rows = I - first < kBlock ? I - first : kBlock;
+      const int64_t begin = g.start[e], count = g.start[e + 1] - begin;
+      const T *gate = w13 + (e * 2 * I + first) * D, *up = gate + I * D;
+      const bool wide = worth_widening<T>(rows, count);
+      const float* wide_gate = wide ? widen(gate, rows, D, rows_a) : nullptr;
+      const float* wide_up = wide ? widen(up, rows, D, rows_b) : nullptr;
+      for (int64_t r0 = 0; r0 < count; r0 += kRowTile) {
+        const int64_t R = count - r0 < kRowTile ? count - r0 : kRowTile;
+        const float* a = wide_x + g.token[begin + r0] * D;
+        if (R > 1) {
+          for (int64_t r = 0; r < R; ++r)
+            std::memcpy(gathered + r * D, wide_x + g.token[begin + r0 + r] * D, D * sizeof(float));
+          a = gathered;
+        }
+        product(a, R, gate, rows, D, wide_gate, sums_a);
+        product(a, R, up, rows, D, wide_up, sums_b);
+        for (int64_t r = 0; r < R; ++r) {
+          float* h = hidden + (begin + r0 + r) * I + first;
+          for (int64_t n = 0; n < rows; n += kLanes) {
+            const int m = rows - n < kLanes ? int(rows - n) : kLanes;
+            vf z = load_n(sums_a + r * kBlock + n, m);
+            store_n(h + n, z * vsigmoid(z) * load_n(sums_b + r * kBlock + n, m), m);
+          }
+        }
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t block = 0; block < down_blocks; ++block) {
+      const int64_t first = block * kBlock, rows = D - first < kBlock ? D - first : kBlock;
+      std::memset(total, 0, tokens * kBlock * sizeof(float));
+      for (int64_t i = 0; i < g.actives; ++i) {
+        const int64_t e = g.active[i], begin = g.start[e], count = g.start[e + 1] - begin;
+        const T* w = w2 + (e * D + first) * I;
+        const float* wide = worth_widening<T>(rows, count) ? widen(w, rows, I, rows_a) : nullptr;
+        for (int64_t r0 = 0; r0 < count; r0 += kRowTile) {
+          const int64_t R = count - r0 < kRowTile ? count - r0 : kRowTile;
+          product(hidden + (begin + r0) * I, R, w, rows, I, wide, sums_a);
+          for (int64_t r = 0; r < R; ++r) {
+            const vf scale = splat(g.weight[begin + r0 + r]);
+            float* to = total + g.token[begin + r0 + r] * kBlock;
+            for (int64_t n = 0; n < kBlock; n += kLanes)
+              store(to + n, load(to + n) + scale * load(sums_a + r * kBlock + n));
+          }
+        }
+      }
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t n = 0; n < rows; n += kLanes)
+          store_n(out + t * D + first + n, load(total + t * kBlock + n), rows - n < kLanes ? int(rows - n) : kLanes);
+    }
+    std::free(rows_a);
+  }
+  std::free(hidden);
+  std::free(wide_x);
+}
+
+}  // namespace
+
+// x, out [T, D]; w13 [E, 2 I, D], gate rows first; w2 [E, D, I]; ids and weights [T, k]. Ids outside 0..E-1 are skipped.
+void moe_experts(const void* x, const void* w13, const void* w2, const int32_t* ids, const float* weights, void* out,
+                 int64_t tokens, int64_t k, int64_t E, int64_t D, int64_t I, int64_t dtype, int64_t threads) {
+  int64_t* counts = static_cast<int64_t*>(std::calloc(3 * E + 1 + tokens * k + 1, sizeof(int64_t)));
+  float* grouped = static_cast<float*>(std::malloc((tokens * k + 1) * sizeof(float)));
+  Groups g{counts, counts + 3 * E + 1, counts + E + 1, grouped, 0, 0};
+  int64_t* next = counts + 2 * E + 1;
+  for (int64_t i = 0; i < tokens * k; ++i)
+    if (ids[i] >= 0 && ids[i] < E) ++next[ids[i]];
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t count = next[e];
+    if (count) g.active[g.actives++] = e;
+    g.most = count > g.most ? count : g.most;
+    next[e] = g.start[e];
+    g.start[e + 1] = g.start[e] + count;
+  }
+  g.most = g.most < kRowTile ? g.most : kRowTile;
+  for (int64_t i = 0; i < tokens * k; ++i) {
+    if (ids[i] < 0 || ids[i] >= E) continue;
+    g.token[next[ids[i]]] = i / k;
+    g.weight[next[ids[i]]++] = weights[i];
+  }
+  const int team = g.start[E] * I * D < 1 << 15 ? 1 : int(threads);
+  if (dtype == 0) {
+    experts(static_cast<const float*>(x), static_cast<const float*>(w13), static_cast<const float*>(w2), g,
+            static_cast<float*>(out), tokens, E, D, I, team);
+  } else {
+    experts(static_cast<const bf16*>(x), static_cast<const bf16*>(w13), static_cast<const bf16*>(w2), g,
+            static_cast<bf16*>(out), tokens, E, D, I, team);
+  }
+  std::free(grouped);
+  std::free(counts);
+}
+KIMI_EXPORT(moe_experts);
+
+}  // namespace kimi::KIMI_ISA
