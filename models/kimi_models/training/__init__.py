@@ -1,0 +1,1 @@
+"""Training tiny checkpoints on text that every Python carries."""
