@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kimi_models.config import KimiLinearConfig
+from kimi_models.stats import model_cost
 from kimi_models.tiny import write_tiny
 
 CHECKPOINT = Path(__file__).parent.parent / "models" / "checkpoints" / "tiny-linear"
@@ -56,13 +57,6 @@ def hybrid_60m(work: Path) -> Path:
     return folder
 
 
-def parameters(model: Path) -> int:
-    """Parameters of a checkpoint folder, counted from its config."""
-    from kimi_models.inspect import inspect_config
-
-    return inspect_config(KimiLinearConfig.from_pretrained(model)).parameters
-
-
 def llama_like(model: Path, folder: Path) -> Path:
     """The config of a Llama with the parameter count (within 2 %) and the vocabulary of `model`.
 
@@ -70,7 +64,7 @@ def llama_like(model: Path, folder: Path) -> Path:
     """
     config = KimiLinearConfig.from_pretrained(model)
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    left = parameters(model) - 2 * config.vocab_size * hidden - layers * 4 * hidden * hidden
+    left = model_cost(config).parameters - 2 * config.vocab_size * hidden - layers * 4 * hidden * hidden
     intermediate = max(32, round(left / (3 * hidden * layers) / 32) * 32)
     folder.mkdir(parents=True, exist_ok=True)
     body = {
@@ -110,11 +104,7 @@ def long_context_pair(work: Path) -> tuple[Path, Path, Callable[[str, int], int]
         write_tiny(folders[name], config, seed=0)
 
     def cache_bytes(kind: str, context: int) -> int:
-        config = configs[kind]
-        linear = config.linear_attn_config
-        kda_layers, mla_layers = len(linear.kda_layers), len(linear.full_attn_layers)
-        state = linear.num_heads * linear.head_dim**2 * 4  # fp32
-        convolution = (linear.short_conv_kernel_size - 1) * 3 * linear.projection_size * 2  # bf16
-        return kda_layers * (state + convolution) + mla_layers * context * config.latent_dim * 2
+        cost = model_cost(configs[kind])
+        return cost.state_bytes_per_sequence + context * cost.cache_bytes_per_token
 
     return folders["hybrid"], folders["all-mla"], cache_bytes
