@@ -53,7 +53,7 @@ def hybrid_config(
 def hybrid_60m(work: Path) -> Path:
     """A random hybrid of about 60 M parameters."""
     folder = work / "hybrid-60m"
-    write_tiny(folder, hybrid_config(layers=8, hidden=512, heads=4), seed=0)
+    write_tiny(folder, hybrid_config(layers=8, hidden=512, heads=4, num_experts=14), seed=0)
     return folder
 
 
