@@ -107,7 +107,7 @@ class KimiMoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, experts = self.route(x)
-        out = moe_experts(x, self.gate_up, self.down, weights, experts)
+        out = moe_experts(x, self.gate_up, self.down, experts, weights)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         return tensor_model_parallel_all_reduce(out) if self.tp_size > 1 else out
