@@ -1,0 +1,114 @@
+"""KDA on the native library: float32 or bfloat16 tensors, float32 arithmetic and states."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import _native, dispatch
+from ._layout import KdaArgs, States, Tokens
+from .reference import Options
+
+MAX_HEAD = 256  # csrc/kda/conv.h: kMaxHead
+
+_NO_STATES = States(None, 0, 0, 0, 0)
+_GATE_NONE, _GATE_SOFTPLUS, _GATE_LOWER_BOUND = 0, 1, 2
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with its channels next to each other; other dimensions may have any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _tokens(x: Tensor) -> Tokens:
+    strides = x.stride()
+    return Tokens(x.data_ptr(), _native.DTYPE_CODES[x.dtype], strides[0], strides[1], strides[2])
+
+
+def _states(x: Tensor | None, v_first: bool) -> States:
+    if x is None:
+        return _NO_STATES
+    n, h, a, b = x.stride()
+    return States(x.data_ptr(), n, h, b, a) if v_first else States(x.data_ptr(), n, h, a, b)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _refuses(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options) -> str | None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
+        if x.dtype not in _native.DTYPE_CODES:
+            return f"takes float32 or bfloat16, got {x.dtype} for {name}"
+    for name, x in (("initial_state", initial_state), ("A_log", A_log), ("dt_bias", dt_bias)):
+        if x is not None and x.dtype == torch.float64:
+            return f"computes in float32, got float64 for {name}"
+    if k.shape[3] > MAX_HEAD or v.shape[3] > MAX_HEAD:
+        return f"takes head sizes up to {MAX_HEAD}, got K={k.shape[3]}, V={v.shape[3]}"
+    return None
+
+
+class _Call:
+    """Arguments of one native call, and the tensors that must live as long as it."""
+
+    def __init__(self, q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options) -> None:
+        tensors = [_rows(x) for x in (q, k, v, g)]
+        A_log, dt_bias = _float(A_log), _float(dt_bias)
+        offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        self.keep = (tensors, beta, initial_state, A_log, dt_bias, offsets)
+        batch, length, heads, width = k.shape
+        if not options.gate:
+            gate = _GATE_NONE
+        else:
+            gate = _GATE_SOFTPLUS if options.lower_bound is None else _GATE_LOWER_BOUND
+        self.value_heads, self.width, self.value_width = v.shape[2], width, v.shape[3]
+        self.count = batch if offsets is None else offsets.shape[0] - 1
+        self.args = KdaArgs(
+            *(_tokens(x) for x in (*tensors, beta)),
+            Tokens(),
+            _states(initial_state, options.state_v_first),
+            _NO_STATES,
+            _native.pointer(offsets),
+            _native.pointer(A_log),
+            _native.pointer(dt_bias),
+            self.count,
+            length,
+            heads,
+            self.value_heads,
+            width,
+            self.value_width,
+            options.l2norm,
+            gate,
+            options.beta_sigmoid,
+            torch.get_num_threads(),
+            options.scale,
+            options.lower_bound or 0.0,
+            2.0 if options.allow_neg_eigval else 1.0,
+        )
+
+    def state_shape(self, v_first: bool) -> tuple[int, ...]:
+        sizes = (self.value_width, self.width) if v_first else (self.width, self.value_width)
+        return (self.count, self.value_heads, *sizes)
+
+
+def _forward(kernel: str, v: Tensor, call: _Call, options: Options) -> tuple[Tensor, Tensor]:
+    out = torch.empty(v.shape, dtype=v.dtype)
+    state = torch.empty(call.state_shape(options.state_v_first), dtype=torch.float32)
+    call.args.o = _tokens(out)
+    call.args.final = _states(state, options.state_v_first)
+    _native.kernel(kernel, "p")(ctypes.addressof(call.args))
+    return out, state
+
+
+@dispatch.register("chunk_kda", "cpu", _refuses)
+def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options):
+    call = _Call(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    return _forward("kda_forward", v, call, options)
+
+
+@dispatch.register("fused_recurrent_kda", "cpu", _refuses)
+def fused_recurrent_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options):
+    call = _Call(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    return _forward("kda_recurrent", v, call, options)

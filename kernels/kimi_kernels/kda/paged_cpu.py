@@ -1,0 +1,156 @@
+"""The paged serving ops on the native library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import _native, dispatch
+from ._layout import KdaArgs, KdaLayer, States, Tokens
+from .cpu import _GATE_LOWER_BOUND, _GATE_SOFTPLUS, MAX_HEAD
+from .paged_reference import LayerOptions
+
+MAX_CONV_WIDTH = 8  # csrc/kda/conv.h: kMaxConvWidth
+
+_PROBLEMS = {
+    1: "state_indices holds an index outside [-1, {slots}) for sequence {n}: pass slots of this pool",
+    2: "cu_seqlens gives sequence {n} more tokens than state_indices has columns: pass one slot per token",
+    3: "num_accepted_tokens[{n}] names no slot of the sequence: pass a count in [1, columns of state_indices]",
+    4: "cu_seqlens does not describe {tokens} tokens (sequence {n}): pass offsets that start at 0 and never fall",
+}
+
+
+def _refuses(qkv, g, beta, gate, conv_weight, conv_state, state, *rest) -> str | None:
+    for name, x in (
+        ("qkv", qkv), ("g", g), ("beta", beta), ("gate", gate), ("conv_weight", conv_weight),
+        ("conv_state", conv_state),
+    ):  # fmt: skip
+        if x.dtype not in _native.DTYPE_CODES:
+            return f"takes float32 or bfloat16, got {x.dtype} for {name}"
+    if max(state.shape[2:]) > MAX_HEAD:
+        return f"takes head sizes up to {MAX_HEAD}, got {max(state.shape[2:])}"
+    if conv_weight.shape[1] > MAX_CONV_WIDTH:
+        return f"takes convolutions of width up to {MAX_CONV_WIDTH}, got {conv_weight.shape[1]}"
+    if state.stride(3) != 1:
+        return f"takes states whose last dimension is contiguous, got strides {state.stride()}"
+    return None
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+
+
+def _int(x: Tensor | None) -> Tensor | None:
+    return x if x is None or (x.dtype == torch.int32 and x.is_contiguous()) else x.to(torch.int32).contiguous()
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _call(
+    kernel: str,
+    qkv: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    gate: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
+    has_initial: Tensor | None,
+    num_accepted: Tensor | None,
+    A_log: Tensor,
+    dt_bias: Tensor | None,
+    norm_weight: Tensor,
+    out: Tensor,
+    options: LayerOptions,
+) -> None:
+    codes = _native.DTYPE_CODES
+    slots, value_heads, value_width, width = state.shape
+    heads = options.num_heads
+    qkv, g, gate = _packed(qkv), _packed(g), _packed(gate)
+    conv_weight = conv_weight if conv_weight.is_contiguous() else conv_weight.contiguous()
+    A_log, norm_weight = _float(A_log), _float(norm_weight)
+    dt_bias = None if dt_bias is None else _float(dt_bias)
+    state_indices, cu_seqlens, num_accepted = _int(state_indices), _int(cu_seqlens), _int(num_accepted)
+    has_initial = None if has_initial is None else has_initial.to(torch.bool).contiguous()
+
+    code, row, size = codes[qkv.dtype], qkv.stride(0), qkv.element_size()
+    address = qkv.data_ptr()
+    k_address = address + heads * width * size
+    v_address = k_address + heads * width * size
+    pool = States(state.data_ptr(), state.stride(0), state.stride(1), 1, state.stride(2))
+    args = KdaArgs(
+        Tokens(address, code, 0, row, width),
+        Tokens(k_address, code, 0, row, width),
+        Tokens(v_address, code, 0, row, value_width),
+        Tokens(g.data_ptr(), codes[g.dtype], 0, g.stride(0), g.stride(1)),
+        Tokens(beta.data_ptr(), codes[beta.dtype], 0, beta.stride(0), beta.stride(1)),
+        Tokens(out.data_ptr(), codes[out.dtype], 0, out.stride(0), value_width),
+        pool,
+        pool,
+        None,
+        A_log.data_ptr(),
+        None if dt_bias is None else dt_bias.data_ptr(),
+        state_indices.shape[0],
+        qkv.shape[0],
+        heads,
+        value_heads,
+        width,
+        value_width,
+        1,
+        _GATE_SOFTPLUS if options.lower_bound is None else _GATE_LOWER_BOUND,
+        1,
+        torch.get_num_threads(),
+        options.scale,
+        options.lower_bound or 0.0,
+        1.0,
+    )
+    layer = KdaLayer(
+        conv_weight.data_ptr(),
+        codes[conv_weight.dtype],
+        conv_weight.shape[1],
+        conv_state.data_ptr(),
+        codes[conv_state.dtype],
+        *conv_state.stride(),
+        Tokens(gate.data_ptr(), codes[gate.dtype], 0, gate.stride(0), gate.stride(1)),
+        norm_weight.data_ptr(),
+        options.norm_eps,
+        state_indices.data_ptr(),
+        1 if state_indices.dim() == 1 else state_indices.shape[1],
+        None if has_initial is None else has_initial.data_ptr(),
+        None if num_accepted is None else num_accepted.data_ptr(),
+        None if cu_seqlens is None else cu_seqlens.data_ptr(),
+        slots,
+    )
+    _native.kernel(kernel, "pp")(ctypes.addressof(args), ctypes.addressof(layer))
+    if layer.problem:
+        raise ValueError(
+            _PROBLEMS[layer.problem].format(n=layer.problem_at, slots=slots, tokens=qkv.shape[0])
+        )
+
+
+@dispatch.register("kda_prefill", "cpu", _refuses)
+def kda_prefill(
+    qkv, g, beta, gate, conv_weight, conv_state, state, state_indices, cu_seqlens, has_initial_state,
+    A_log, dt_bias, norm_weight, out, options: LayerOptions,
+) -> None:  # fmt: skip
+    _call(
+        "kda_prefill", qkv, g, beta, gate, conv_weight, conv_state, state, state_indices, cu_seqlens,
+        has_initial_state, None, A_log, dt_bias, norm_weight, out, options,
+    )  # fmt: skip
+
+
+@dispatch.register("kda_decode", "cpu", _refuses)
+def kda_decode(
+    qkv, g, beta, gate, conv_weight, conv_state, state, state_indices,
+    A_log, dt_bias, norm_weight, cu_seqlens, num_accepted_tokens, out, options: LayerOptions,
+) -> None:  # fmt: skip
+    _call(
+        "kda_decode", qkv, g, beta, gate, conv_weight, conv_state, state, state_indices, cu_seqlens,
+        None, num_accepted_tokens, A_log, dt_bias, norm_weight, out, options,
+    )  # fmt: skip

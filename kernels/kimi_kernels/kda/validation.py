@@ -1,0 +1,178 @@
+"""What the public KDA functions accept; each calls one of these once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOWEST_BOUND = -5.0  # Kimi K3, section 2.1: the published bound, below which a tile of 16 tokens leaves the fp32 range
+
+
+def check_lower_bound(lower_bound: float | None) -> None:
+    if lower_bound is not None and not LOWEST_BOUND <= lower_bound < 0:
+        raise ValueError(
+            f"lower_bound must be in [{LOWEST_BOUND:g}, 0), got {lower_bound}: "
+            "it is the lowest log decay per token; pass None for the softplus gate"
+        )
+
+
+def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], what: str) -> None:
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape} = {what}, got {tuple(x.shape)}")
+
+
+def check_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> None:
+    if g.dim() < 2:
+        raise ValueError(f"g must have shape [..., HV, K], got {tuple(g.shape)}")
+    heads, width = g.shape[-2:]
+    if A_log is None and lower_bound is None:
+        raise ValueError("A_log is missing: the softplus gate needs the log rate of each head, shape [HV]")
+    if A_log is not None and A_log.numel() != heads:
+        raise ValueError(f"A_log must have {heads} elements = [HV], got shape {tuple(A_log.shape)}")
+    if dt_bias is not None and dt_bias.numel() != heads * width:
+        raise ValueError(f"dt_bias must have {heads * width} elements = [HV*K], got shape {tuple(dt_bias.shape)}")
+    check_lower_bound(lower_bound)
+
+
+def check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [N+1], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if torch.compiler.is_compiling():
+        return  # values are not known while tracing
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}: pass offsets of the packed batch")
+    for n, (a, b) in enumerate(zip(offsets, offsets[1:])):
+        if b < a:
+            raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at sequence {n}")
+    if offsets[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at T={tokens}, got {offsets[-1]}: pass offsets of the packed batch")
+
+
+def check_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    use_gate_in_kernel: bool,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    state_v_first: bool,
+) -> None:
+    for name, x, shape in (("q", q, "[B, T, H, K]"), ("k", k, "[B, T, H, K]"), ("v", v, "[B, T, HV, V]")):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    batch, tokens, heads, width = k.shape
+    value_heads, value_width = v.shape[2:]
+    check_shape("q", q, tuple(k.shape), "k's shape")
+    if tuple(v.shape[:2]) != (batch, tokens):
+        raise ValueError(f"v must have batch and length {(batch, tokens)} as k has, got {tuple(v.shape[:2])}")
+    if heads == 0 or value_heads % heads:
+        raise ValueError(f"v must have a multiple of k's heads, got HV={value_heads}, H={heads}")
+    check_shape("g", g, (batch, tokens, value_heads, width), "[B, T, HV, K]")
+    check_shape("beta", beta, (batch, tokens, value_heads), "[B, T, HV]")
+    count = batch
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"with cu_seqlens the batch must be packed into one row, got B={batch}")
+        check_offsets(cu_seqlens, tokens)
+        count = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        order = ("V, K", (value_width, width)) if state_v_first else ("K, V", (width, value_width))
+        check_shape("initial_state", initial_state, (count, value_heads, *order[1]), f"[N, HV, {order[0]}]")
+        wanted = (torch.float64,) if v.dtype == torch.float64 else (torch.float32, torch.float64)
+        if initial_state.dtype not in wanted and initial_state.dtype != torch.float32:
+            raise ValueError(f"initial_state must be float32, got {initial_state.dtype}: states are kept in float32")
+    if use_gate_in_kernel:
+        check_gate(g, A_log, dt_bias, lower_bound)
+    elif A_log is not None or dt_bias is not None or lower_bound is not None:
+        raise ValueError("A_log, dt_bias and lower_bound belong to the gate: pass use_gate_in_kernel=True")
+
+
+def check_layer(
+    qkv: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    gate: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor | None,
+    norm_weight: Tensor,
+    cu_seqlens: Tensor | None,
+    has_initial_state: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    num_heads: int,
+    head_dim: int,
+    lower_bound: float | None,
+    out: Tensor | None,
+) -> None:
+    """Shapes and dtypes of a serving call. Offsets and slots are checked where they are read."""
+    if state.dim() != 4 or state.dtype != torch.float32:
+        raise ValueError(f"state must be float32 [slots, HV, V, K], got {state.dtype} {tuple(state.shape)}")
+    if qkv.dim() != 2:
+        raise ValueError(f"qkv must have shape [T, 2*H*K + HV*V], got {tuple(qkv.shape)}")
+    tokens, channels = qkv.shape
+    _, value_heads, value_width, width = state.shape
+    if width != head_dim:
+        raise ValueError(f"state must have K = head_dim = {head_dim} last, got {tuple(state.shape)}")
+    if num_heads < 1 or value_heads % num_heads:
+        raise ValueError(f"state must have a multiple of num_heads={num_heads} heads, got HV={value_heads}")
+    if channels != 2 * num_heads * width + value_heads * value_width:
+        raise ValueError(
+            f"qkv must have 2*H*K + HV*V = {2 * num_heads * width + value_heads * value_width} channels, got {channels}"
+        )
+    if g.shape != (tokens, value_heads, width):
+        check_shape("g", g, (tokens, value_heads, width), "[T, HV, K]")
+    if beta.shape != (tokens, value_heads):
+        check_shape("beta", beta, (tokens, value_heads), "[T, HV]")
+    if gate.shape != (tokens, value_heads, value_width):
+        check_shape("gate", gate, (tokens, value_heads, value_width), "[T, HV, V]")
+    if conv_weight.dim() != 2 or conv_weight.shape[0] != channels:
+        raise ValueError(f"conv_weight must have shape [{channels}, W], got {tuple(conv_weight.shape)}")
+    entries = conv_weight.shape[1] - 1
+    if num_accepted_tokens is not None:
+        if state_indices.dim() != 2 or cu_seqlens is None:
+            raise ValueError("num_accepted_tokens needs cu_seqlens [N+1] and state_indices [N, S+1]")
+        entries += state_indices.shape[1] - 1
+    elif state_indices.dim() != 1:
+        raise ValueError(f"state_indices must have shape [N], got {tuple(state_indices.shape)}")
+    if conv_state.dim() != 3 or conv_state.shape[1] < entries or conv_state.shape[2] != channels:
+        raise ValueError(
+            f"conv_state must have shape [slots, >= {entries}, {channels}], got {tuple(conv_state.shape)}"
+        )
+    if conv_state.shape[0] != state.shape[0]:
+        raise ValueError(f"conv_state has {conv_state.shape[0]} slots, state has {state.shape[0]}: pass one pool")
+    count = state_indices.shape[0]
+    if cu_seqlens is not None and cu_seqlens.shape != (count + 1,):
+        check_shape("cu_seqlens", cu_seqlens, (count + 1,), "[N+1]")
+    if has_initial_state is not None and has_initial_state.shape != (count,):
+        check_shape("has_initial_state", has_initial_state, (count,), "[N]")
+    if num_accepted_tokens is not None and num_accepted_tokens.shape != (count,):
+        check_shape("num_accepted_tokens", num_accepted_tokens, (count,), "[N]")
+    if cu_seqlens is None and count > tokens:
+        raise ValueError(f"state_indices names {count} sequences, but qkv has {tokens} tokens")
+    if A_log.numel() != value_heads:
+        raise ValueError(f"A_log must have {value_heads} elements = [HV], got shape {tuple(A_log.shape)}")
+    if dt_bias is not None and dt_bias.numel() != value_heads * width:
+        raise ValueError(f"dt_bias must have {value_heads * width} elements = [HV*K], got {tuple(dt_bias.shape)}")
+    if norm_weight.shape != (value_width,):
+        check_shape("norm_weight", norm_weight, (value_width,), "[V]")
+    check_lower_bound(lower_bound)
+    if out is not None and (
+        out.shape != (tokens, value_heads * value_width) or out.dtype != qkv.dtype or out.stride(1) != 1
+    ):
+        raise ValueError(
+            f"out must be {qkv.dtype} {(tokens, value_heads * value_width)} with contiguous rows, "
+            f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
+        )
