@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from .._library import custom_op
 from . import cpu, reference  # noqa: F401  (register the backends)
 
 
-@torch.library.custom_op("kimi::attn_res", mutates_args=())
+@custom_op("kimi::attn_res", mutates_args=())
 def mix(
     queries: Tensor,
     residuals: list[Tensor],
@@ -38,7 +39,7 @@ def _(queries, residuals, rms_weights, output_rms_weight, rms_eps, scale):
 
 
 # Gradients as one list (queries, rms_weights, residuals, [output_rms_weight]): results cannot be optional.
-@torch.library.custom_op("kimi::attn_res_backward", mutates_args=())
+@custom_op("kimi::attn_res_backward", mutates_args=())
 def _mix_backward(
     d_out: Tensor,
     d_lse: Tensor,
@@ -88,7 +89,7 @@ def _mix_grad(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
 mix.register_autograd(_mix_grad, setup_context=_save_mix)
 
 
-@torch.library.custom_op("kimi::attn_res_merge", mutates_args=())
+@custom_op("kimi::attn_res_merge", mutates_args=())
 def merge(
     out: Tensor,
     lse: Tensor,
@@ -118,7 +119,7 @@ def _(out, lse, partial, query, rms_weight, output_rms_weight, rms_eps, scale):
     return partial.new_empty(partial.shape)
 
 
-@torch.library.custom_op("kimi::attn_res_merge_backward", mutates_args=())
+@custom_op("kimi::attn_res_merge_backward", mutates_args=())
 def _merge_backward(
     d_merged: Tensor,
     out: Tensor,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import dispatch
+from .._library import custom_op
 from . import cpu, reference  # noqa: F401  (register the backends)
 
 
-@torch.library.custom_op("kimi::mla_paged_attention", mutates_args=())
+@custom_op("kimi::mla_paged_attention", mutates_args=())
 def mla_paged_attention(
     q: Tensor,
     kv_cache: Tensor,
