@@ -228,7 +228,7 @@ class KimiLinearConfig:
         except ValueError as e:
             raise ConfigError(f"{file} is not JSON ({e}): restore the file") from e
         if not isinstance(raw, dict):
-            raise ConfigError(f"{file} must hold a JSON object, got {type(raw).__name__}")
+            raise ConfigError(f"{file} must hold a JSON object, got {type(raw).__name__}: restore the file")
         if "model_type" not in raw:
             raise ConfigError(f"{file} has no model_type: it is not a model config")
         return cls.from_dict(raw)
@@ -290,7 +290,9 @@ def _read_linear_attn(raw: dict[str, Any]) -> LinearAttnConfig:
             "short_conv_kernel_size": raw.get("linear_conv_kernel_dim", 4),
         }
     if not isinstance(section, dict):
-        raise ConfigError(f"linear_attn_config must be an object, got {type(section).__name__}")
+        raise ConfigError(
+            f"linear_attn_config must be an object, got {type(section).__name__}: see `kimi_models.tiny`"
+        )
     section = dict(section)
     names = {f.name for f in dataclasses.fields(LinearAttnConfig)} - {"extra"}
     missing = sorted({"num_heads", "head_dim", "kda_layers", "full_attn_layers"} - section.keys())
@@ -299,7 +301,10 @@ def _read_linear_attn(raw: dict[str, Any]) -> LinearAttnConfig:
     for name in ("kda_layers", "full_attn_layers"):
         value = section[name]
         if not isinstance(value, list | tuple) or not all(is_int(v) for v in value):
-            raise ConfigError(f"linear_attn_config.{name} must be a list of layer numbers, got {value!r}")
+            raise ConfigError(
+                f"linear_attn_config.{name} must be a list of layer numbers, got {value!r}: "
+                "list the layers, counted from 1"
+            )
         section[name] = tuple(value)
     known = {n: v for n, v in section.items() if n in names}
     return LinearAttnConfig(**known, extra={n: v for n, v in section.items() if n not in names})

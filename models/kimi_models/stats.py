@@ -75,7 +75,7 @@ def model_cost(config: KimiLinearConfig) -> ModelCost:
         LayerCost(
             i + 1,
             "KDA" if c.is_kda_layer(i) else "MLA",
-            f"{c.num_experts_per_token} of {c.num_experts} + {c.num_shared_experts}"
+            f"{c.num_experts_per_token}/{c.num_experts}+{c.num_shared_experts}"
             if c.is_moe_layer(i)
             else "dense",
             total[i],

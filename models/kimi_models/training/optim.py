@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_models.config import KimiLinearConfig
-from kimi_models.names import weight_table
+from kimi_models.names import Weight, weight_table
 from kimi_models.weights import param_slice
 
 # Newton-Schulz quintic of Muon: slopes steeply at 0, so five steps bring singular values near 1.
@@ -33,72 +33,67 @@ _NOT_MATRICES = (
 class _Matrices:
     """Views of all matrices of one shape, updated together."""
 
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[tuple[nn.Parameter, int | None, tuple[int, int] | None]] = field(default_factory=list)
+    masters: list[Tensor] = field(default_factory=list)
+    sources: list[tuple[nn.Parameter, Weight]] = field(default_factory=list)
     momentum: Tensor | None = None
 
 
 class MuonAdamW:
     """Muon on the matrices inside the layers, AdamW on embeddings, head, routers, norms, gates and queries.
 
-    One learning rate serves both. Published tensors that share one parameter here (q, k, v; gate, up; the
-    experts) are orthogonalised one by one, as if stored apart.
+    AdamW's learning rate is `adamw_scale` times Muon's. Published tensors that share one parameter here
+    (q, k, v; gate, up; the experts) are orthogonalised one by one, as if stored apart. What is optimised are
+    float32 copies of all parameters, so the model itself may be in bfloat16.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: KimiLinearConfig,
-        lr: float,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
+        adamw_scale: float = 1.0,
     ) -> None:
-        self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum
-        params = dict(model.named_parameters())
+        self.weight_decay, self.momentum, self.adamw_scale = weight_decay, momentum, adamw_scale
+        self._params = dict(model.named_parameters())
+        self._masters = {n: p.detach().float().clone() for n, p in self._params.items()}
         self._groups: dict[tuple[int, ...], _Matrices] = defaultdict(_Matrices)
-        taken = set()
+        matrices = set()
         for name, w in weight_table(config).items():
-            if w.param not in params or len(w.shape) != 2 or name.endswith(_NOT_MATRICES):
+            if w.param not in self._params or len(w.shape) != 2 or name.endswith(_NOT_MATRICES):
                 continue
             group = self._groups[w.shape]
-            group.params.append(param_slice(params, w).detach())
-            group.grads.append((params[w.param], w.expert, w.rows))
-            taken.add(w.param)
-        rest = [p for n, p in params.items() if n not in taken]
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
-                {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=lr,
-            betas=betas,
-            eps=1e-10,
-        )
+            group.masters.append(param_slice(self._masters, w))
+            group.sources.append((self._params[w.param], w))
+            matrices.add(w.param)
+        self._rest = [n for n in self._params if n not in matrices]
+        wide = [self._masters[n] for n in self._rest if self._params[n].ndim > 1]
+        narrow = [self._masters[n] for n in self._rest if self._params[n].ndim <= 1]
+        groups = [{"params": wide, "weight_decay": weight_decay}, {"params": narrow, "weight_decay": 0.0}]
+        self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-10)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update with learning rate `lr` from the gradients, which are then cleared."""
+        for name in self._rest:
+            grad = self._params[name].grad
+            self._masters[name].grad = None if grad is None else grad.float()
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self.adamw_scale
         self._adamw.step()
         for shape, matrices in self._groups.items():
-            grad = torch.stack([_slice(p.grad, expert, rows) for p, expert, rows in matrices.grads])
+            grads = torch.stack([_gradient(p, w) for p, w in matrices.sources]).float()
             if matrices.momentum is None:
-                matrices.momentum = torch.zeros_like(grad)
-            matrices.momentum.lerp_(grad, 1 - self.momentum)
-            update = orthogonalise(grad.lerp(matrices.momentum, self.momentum))
+                matrices.momentum = torch.zeros_like(grads)
+            matrices.momentum.lerp_(grads, 1 - self.momentum)
+            updates = orthogonalise(grads.lerp(matrices.momentum, self.momentum))
             size = _MATCH_ADAMW * math.sqrt(max(shape))
-            for p, u in zip(matrices.params, update.unbind()):
-                p.mul_(1 - lr * self.weight_decay).sub_(u, alpha=lr * size)
-        self.zero_grad()
-
-    def zero_grad(self) -> None:
-        """Clears every gradient."""
-        self._adamw.zero_grad()
-        for matrices in self._groups.values():
-            for p, _, _ in matrices.grads:
-                p.grad = None
+            for master, update in zip(matrices.masters, updates.unbind()):
+                master.mul_(1 - lr * self.weight_decay).sub_(update, alpha=lr * size)
+        for name, p in self._params.items():
+            p.copy_(self._masters[name])
+            p.grad = None
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -115,8 +110,6 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _slice(grad: Tensor | None, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
-    assert grad is not None
-    if expert is not None:
-        grad = grad[expert]
-    return grad if rows is None else grad[rows[0] : rows[1]]
+def _gradient(p: nn.Parameter, w: Weight) -> Tensor:
+    assert p.grad is not None
+    return param_slice({w.param: p.grad}, w)

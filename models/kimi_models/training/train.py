@@ -42,6 +42,7 @@ class Recipe:
     batch: int = 8
     length: int = 512
     lr: float = 5e-3
+    adamw_scale: float = 1.0
     weight_decay: float = 0.1
     warmup: float = 0.02
     cooldown: float = 0.6
@@ -97,7 +98,8 @@ def train(
         f"{len(training)} documents to train on, {len(held_out)} held out; {recipe.steps} steps of "
         f"{recipe.batch} x {recipe.length} tokens"
     )
-    model = KimiLinearForCausalLM(config, dtype=torch.float32)
+    # bfloat16 products are three times as fast as float32 ones on a CPU that has them; the optimizer is float32.
+    model = KimiLinearForCausalLM(config, dtype=torch.bfloat16)
     model.init_weights(recipe.seed)
     model.train()
     batches = _batches(_stream(training, tokenizer, recipe), recipe)
@@ -205,7 +207,7 @@ def _fit(
     model: KimiLinearForCausalLM, recipe: Recipe, batches: Iterator[torch.Tensor], console: Console
 ) -> list[list[float]]:
     """The training loop; returns [tokens seen, mean loss in nats] points."""
-    optimizer = MuonAdamW(model, model.config, recipe.lr, recipe.weight_decay)
+    optimizer = MuonAdamW(model, model.config, recipe.weight_decay, adamw_scale=recipe.adamw_scale)
     routers = [m for m in model.modules() if isinstance(m, MoE)]
     every = max(1, recipe.steps // 100)
     points: list[list[float]] = []
@@ -220,7 +222,7 @@ def _fit(
         for step in range(recipe.steps):
             batch = next(batches)
             logits = model(batch[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
             loss.backward()
             if not torch.isfinite(loss):
                 raise FloatingPointError(
