@@ -23,18 +23,18 @@ struct GateHead {
     return lower_bound * vsigmoid(rate * z);
   }
 
-  // From d(loss)/d(log decay) to the gradients of raw (returned) and of A_log (added to *d_log_rate).
-  KIMI_INLINE vf backward(vf raw, int c, vf dg, vf* d_log_rate) const {
+  // From the gradient of the log decay g to those of raw (returned) and of A_log (added to *d_log_rate, per lane).
+  KIMI_INLINE vf backward(vf raw, int c, vf g, vf dg, vf* d_log_rate) const {
     if (kind == kGateNone) return dg;
     vf z = biased(raw, c);
     if (kind == kGateSoftplus) {
-      *d_log_rate += dg * (-rate * vsoftplus(z));
+      *d_log_rate += dg * g;
       return dg * (-rate * vsigmoid(z));
     }
     vf s = vsigmoid(rate * z);
-    vf dz = dg * (lower_bound * rate) * (s * (1.0f - s));
-    *d_log_rate += dz * z;
-    return dz;
+    vf d_scaled = dg * lower_bound * (s * (1.0f - s)) * rate;
+    *d_log_rate += d_scaled * z;
+    return d_scaled;
   }
 };
 

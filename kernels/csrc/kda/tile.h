@@ -197,6 +197,8 @@ inline void prepare_tile(Tile& tile, const HeadInputs& in, const KdaArgs& args, 
 constexpr int kSolveRows = kLanes == 16 ? 16 : 8;
 
 // Forward substitution on kTile rows of one vector each: u_i = beta_i (x_i - sum over j < i of A_ij u_j), in place.
+// With kKeepResidual the brackets are kept instead: u_i is beta_i times them.
+template <bool kKeepResidual>
 KIMI_INLINE void solve_lower(const Tile& tile, float* u, int64_t stride) {
 #pragma GCC unroll 2
   for (int base = 0; base < kTile; base += kSolveRows) {
@@ -205,21 +207,24 @@ KIMI_INLINE void solve_lower(const Tile& tile, float* u, int64_t stride) {
     for (int i = 0; i < kSolveRows; ++i) x[i] = load(u + (base + i) * stride);
     for (int j = 0; j < base; ++j) {
       vf uj = load(u + j * stride);
+      if constexpr (kKeepResidual) uj *= splat(tile.beta[j]);
 #pragma GCC unroll 16
       for (int i = 0; i < kSolveRows; ++i) x[i] -= splat(tile.A[(base + i) * kTile + j]) * uj;
     }
 #pragma GCC unroll 16
     for (int j = 0; j < kSolveRows; ++j) {
-      x[j] *= splat(tile.beta[base + j]);
+      vf uj = x[j] * splat(tile.beta[base + j]);
+      if constexpr (!kKeepResidual) x[j] = uj;
 #pragma GCC unroll 16
-      for (int i = j + 1; i < kSolveRows; ++i) x[i] -= splat(tile.A[(base + i) * kTile + base + j]) * x[j];
+      for (int i = j + 1; i < kSolveRows; ++i) x[i] -= splat(tile.A[(base + i) * kTile + base + j]) * uj;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kSolveRows; ++i) store(u + (base + i) * stride, x[i]);
   }
 }
 
-// One panel: u from tile.v and the panel of the state, with the read q~ S put into tile.o when asked for.
+// One panel of u from tile.v and the panel of the state, and of the outputs when asked for; without them, u is the
+// residual V - k~ S - A u, which the gradient of beta needs.
 template <bool kWithOutput>
 inline void panel_solve(Tile& tile, const TileShape& s, const float* S, int panel) {
   const int column = panel * kPanel;
@@ -236,7 +241,7 @@ inline void panel_solve(Tile& tile, const TileShape& s, const float* S, int pane
         store(tile.u + at, load(tile.v + at) - acc[r][n] * kUnshift);
       }
   });
-  for (int n = 0; n < kPanelVecs; ++n) solve_lower(tile, tile.u + column + n * kLanes, s.Vp);
+  for (int n = 0; n < kPanelVecs; ++n) solve_lower<!kWithOutput>(tile, tile.u + column + n * kLanes, s.Vp);
   if constexpr (kWithOutput) {
     for_row_groups(tile.rows, [&](int r0, auto size) {
       constexpr int R = decltype(size)::value;

@@ -66,7 +66,18 @@ def chunk_kda(
         ValueError: a shape, dtype or range does not fit; the message names the argument.
     """
     check_kda(
-        q, k, v, g, beta, initial_state, cu_seqlens, use_gate_in_kernel, A_log, dt_bias, lower_bound, state_v_first
+        q,
+        k,
+        v,
+        g,
+        beta,
+        initial_state,
+        cu_seqlens,
+        use_gate_in_kernel,
+        A_log,
+        dt_bias,
+        lower_bound,
+        state_v_first,
     )
     o, state = ops.chunk(
         q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, k.shape[3] ** -0.5 if scale is None else scale,
@@ -97,7 +108,18 @@ def fused_recurrent_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_kda`, token by token: the same arguments, result and gradients; faster for a few tokens."""
     check_kda(
-        q, k, v, g, beta, initial_state, cu_seqlens, use_gate_in_kernel, A_log, dt_bias, lower_bound, state_v_first
+        q,
+        k,
+        v,
+        g,
+        beta,
+        initial_state,
+        cu_seqlens,
+        use_gate_in_kernel,
+        A_log,
+        dt_bias,
+        lower_bound,
+        state_v_first,
     )
     o, state = ops.recurrent(
         q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, k.shape[3] ** -0.5 if scale is None else scale,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, dispatch
-from ._layout import KdaArgs, States, Tokens
+from ._layout import KdaArgs, KdaGrads, States, Tokens
 from .reference import Options
 
 MAX_HEAD = 256  # csrc/kda/conv.h: kMaxHead
@@ -112,3 +112,37 @@ def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, optio
 def fused_recurrent_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options):
     call = _Call(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
     return _forward("kda_recurrent", v, call, options)
+
+
+@dispatch.register("chunk_kda_backward", "cpu", lambda d_out, d_state, *args: _refuses(*args))
+def chunk_kda_backward(
+    d_out, d_state, q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options
+) -> list[Tensor | None]:
+    call = _Call(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    d_out, d_state = _rows(d_out.to(v.dtype)), d_state.to(torch.float32)
+    heads, value_heads = k.shape[2], v.shape[2]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32)
+
+    dq, dk = zeros(*g.shape), zeros(*g.shape)  # per value head
+    dv, dg, dbeta = zeros(*v.shape), zeros(*g.shape), zeros(*beta.shape)
+    d_initial = None if initial_state is None else zeros(*initial_state.shape)
+    dA_log = None if A_log is None else zeros(call.count, value_heads)
+    ddt_bias = None if dt_bias is None else zeros(call.count, value_heads, k.shape[3])
+    grads = KdaGrads(
+        _tokens(d_out),
+        _states(d_state, options.state_v_first),
+        _states(d_initial, options.state_v_first),
+        *map(_native.pointer, (dq, dk, dv, dg, dbeta, dA_log, ddt_bias)),
+    )
+    _native.kernel("kda_backward", "pp")(ctypes.addressof(call.args), ctypes.addressof(grads))
+    if value_heads != heads:
+        dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
+    if dA_log is not None:
+        dA_log = dA_log.sum(0).view(A_log.shape)
+    if ddt_bias is not None:
+        ddt_bias = ddt_bias.sum(0).view(dt_bias.shape)
+    inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
+    found = (dq, dk, dv, dg, dbeta, d_initial, dA_log, ddt_bias)
+    return [None if x is None or d is None else d.to(x.dtype) for x, d in zip(inputs, found)]

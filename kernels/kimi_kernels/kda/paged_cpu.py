@@ -43,7 +43,9 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _int(x: Tensor | None) -> Tensor | None:
-    return x if x is None or (x.dtype == torch.int32 and x.is_contiguous()) else x.to(torch.int32).contiguous()
+    return (
+        x if x is None or (x.dtype == torch.int32 and x.is_contiguous()) else x.to(torch.int32).contiguous()
+    )
 
 
 def _packed(x: Tensor) -> Tensor:

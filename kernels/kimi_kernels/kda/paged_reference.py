@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def kda_prefill(
     past = conv_weight.shape[1] - 1
     bounds, slots, resumed = cu_seqlens.tolist(), state_indices.tolist(), has_initial_state.tolist()
     out.zero_()
-    for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
+    for n, (a, b) in enumerate(itertools.pairwise(bounds)):
         slot = slots[n]
         if slot < 0 or a == b:
             continue
@@ -81,7 +82,7 @@ def kda_decode(
     bounds = list(range(len(slots) + 1)) if cu_seqlens is None else cu_seqlens.tolist()
     accepted = [1] * len(slots) if num_accepted_tokens is None else num_accepted_tokens.tolist()
     out.zero_()
-    for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
+    for n, (a, b) in enumerate(itertools.pairwise(bounds)):
         if slots[n][0] < 0 or a == b:
             continue
         history = conv_state[slots[n][0], accepted[n] - 1 : accepted[n] - 1 + past].clone()

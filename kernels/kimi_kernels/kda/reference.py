@@ -6,10 +6,10 @@ definition against which everything else is tested; the chunk form is the same a
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
@@ -131,7 +131,7 @@ def _run(
     else:
         parts = [
             core(*(x[:, a:b] for x in (q, k, v, log_decay, beta)), state[n : n + 1])
-            for n, (a, b) in enumerate(zip(bounds, bounds[1:]))
+            for n, (a, b) in enumerate(itertools.pairwise(bounds))
         ]
         out = torch.cat([p[0] for p in parts], 1)
         state = torch.cat([p[1] for p in parts])

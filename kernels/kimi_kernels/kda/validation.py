@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-LOWEST_BOUND = -5.0  # Kimi K3, section 2.1: the published bound, below which a tile of 16 tokens leaves the fp32 range
+# Kimi K3, section 2.1: the published bound; beyond it a tile of 16 tokens leaves the range of bf16.
+LOWEST_BOUND = -5.0
 
 
 def check_lower_bound(lower_bound: float | None) -> None:
@@ -30,7 +33,9 @@ def check_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bo
     if A_log is not None and A_log.numel() != heads:
         raise ValueError(f"A_log must have {heads} elements = [HV], got shape {tuple(A_log.shape)}")
     if dt_bias is not None and dt_bias.numel() != heads * width:
-        raise ValueError(f"dt_bias must have {heads * width} elements = [HV*K], got shape {tuple(dt_bias.shape)}")
+        raise ValueError(
+            f"dt_bias must have {heads * width} elements = [HV*K], got shape {tuple(dt_bias.shape)}"
+        )
     check_lower_bound(lower_bound)
 
 
@@ -44,11 +49,13 @@ def check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}: pass offsets of the packed batch")
-    for n, (a, b) in enumerate(zip(offsets, offsets[1:])):
+    for n, (a, b) in enumerate(itertools.pairwise(offsets)):
         if b < a:
             raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at sequence {n}")
     if offsets[-1] != tokens:
-        raise ValueError(f"cu_seqlens must end at T={tokens}, got {offsets[-1]}: pass offsets of the packed batch")
+        raise ValueError(
+            f"cu_seqlens must end at T={tokens}, got {offsets[-1]}: pass offsets of the packed batch"
+        )
 
 
 def check_kda(
@@ -88,9 +95,10 @@ def check_kda(
     if initial_state is not None:
         order = ("V, K", (value_width, width)) if state_v_first else ("K, V", (width, value_width))
         check_shape("initial_state", initial_state, (count, value_heads, *order[1]), f"[N, HV, {order[0]}]")
-        wanted = (torch.float64,) if v.dtype == torch.float64 else (torch.float32, torch.float64)
-        if initial_state.dtype not in wanted and initial_state.dtype != torch.float32:
-            raise ValueError(f"initial_state must be float32, got {initial_state.dtype}: states are kept in float32")
+        if initial_state.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"initial_state must be float32, got {initial_state.dtype}: states are kept in float32"
+            )
     if use_gate_in_kernel:
         check_gate(g, A_log, dt_bias, lower_bound)
     elif A_log is not None or dt_bias is not None or lower_bound is not None:
@@ -152,7 +160,9 @@ def check_layer(
             f"conv_state must have shape [slots, >= {entries}, {channels}], got {tuple(conv_state.shape)}"
         )
     if conv_state.shape[0] != state.shape[0]:
-        raise ValueError(f"conv_state has {conv_state.shape[0]} slots, state has {state.shape[0]}: pass one pool")
+        raise ValueError(
+            f"conv_state has {conv_state.shape[0]} slots, state has {state.shape[0]}: pass one pool"
+        )
     count = state_indices.shape[0]
     if cu_seqlens is not None and cu_seqlens.shape != (count + 1,):
         check_shape("cu_seqlens", cu_seqlens, (count + 1,), "[N+1]")
@@ -165,7 +175,9 @@ def check_layer(
     if A_log.numel() != value_heads:
         raise ValueError(f"A_log must have {value_heads} elements = [HV], got shape {tuple(A_log.shape)}")
     if dt_bias is not None and dt_bias.numel() != value_heads * width:
-        raise ValueError(f"dt_bias must have {value_heads * width} elements = [HV*K], got {tuple(dt_bias.shape)}")
+        raise ValueError(
+            f"dt_bias must have {value_heads * width} elements = [HV*K], got {tuple(dt_bias.shape)}"
+        )
     if norm_weight.shape != (value_width,):
         check_shape("norm_weight", norm_weight, (value_width,), "[V]")
     check_lower_bound(lower_bound)
