@@ -47,7 +47,7 @@ def mix(
     out = torch.einsum("sn...,n...d->s...d", logits.softmax(1), values)
     if output_rms_weight is not None:
         out = _unit(out, rms_eps)[0] * output_rms_weight.to(acc)
-    return out.to(residuals[0].dtype), logits.logsumexp(1)
+    return out.to(residuals[0].dtype).contiguous(), logits.logsumexp(1).contiguous()
 
 
 @dispatch.register("attn_res_backward", "reference")
@@ -82,7 +82,7 @@ def mix_backward(
         (d_folded * rms_weights.to(acc) * scale).to(queries.dtype),
         (d_folded * queries.to(acc) * scale).to(rms_weights.dtype),
         d_gain,
-        [d.to(r.dtype, copy=True) for d, r in zip(d_values.unbind(0), residuals)],
+        [d.to(r.dtype, copy=True).contiguous() for d, r in zip(d_values.unbind(0), residuals)],
     )
 
 
