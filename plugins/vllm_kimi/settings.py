@@ -78,7 +78,8 @@ def apply(vllm_config: Any) -> None:
     from vllm.platforms import current_platform
 
     option = read_option(vllm_config.additional_config)
-    choice = choose_model(current_platform.device_type, os.environ.get(ENVIRONMENT), option)
+    device = current_platform.device_type
+    choice = choose_model(device, os.environ.get(ENVIRONMENT), option)
     if option is not None:
         # Worker processes register from the environment before they see any configuration.
         os.environ[ENVIRONMENT] = choice
@@ -87,7 +88,7 @@ def apply(vllm_config: Any) -> None:
         return
     config = kimi_config(vllm_config.model_config)
     refuse(vllm_config, config)
-    _run_eager(vllm_config)
+    _run_eager(vllm_config, device)
     _own_attention(vllm_config, config)
     if vllm_config.speculative_config is not None and vllm_config.cache_config.enable_prefix_caching:
         _speculate_without_prefix_cache(vllm_config)
@@ -136,12 +137,21 @@ def refuse(vllm_config: Any, config: KimiLinearConfig) -> None:
         )
 
 
-def _run_eager(vllm_config: Any) -> None:
+def _run_eager(vllm_config: Any, device: str) -> None:
     """One kernel call does a layer's work already, and compiling costs a minute at every start."""
     from vllm.config import CompilationMode, CUDAGraphMode
 
-    vllm_config.compilation_config.mode = CompilationMode.NONE
-    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    compilation = vllm_config.compilation_config
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
+    compilation.mode = CompilationMode.NONE
+    if device == "cpu" and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        # vLLM's CPU worker makes the buffers between stages in its warm-up, which it skips in eager mode when the
+        # cache size is given (v1/worker/cpu_worker.py:190). Nothing of ours is compiled in this mode either. vLLM
+        # goes back to eager mode for this architecture unless its CUDA graphs are declined.
+        os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "0"
+        compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+        compilation.backend = "eager"
+        compilation.custom_ops = ["all"]
 
 
 def _own_attention(vllm_config: Any, config: KimiLinearConfig) -> None:
