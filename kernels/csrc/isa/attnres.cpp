@@ -47,14 +47,38 @@ float dot(const T* v, const U* w, int64_t D) {
   return hsum(a + b);
 }
 
+// <v, v> and <v, w> in one pass.
+template <class T>
+void moments(const T* v, const float* w, int64_t D, float* squares, float* along) {
+  vf a{}, b{}, p{}, q{};
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
+    vf x = load(v + d), y = load(v + d + kLanes);
+    a += x * x;
+    b += y * y;
+    p += x * load(w + d);
+    q += y * load(w + d + kLanes);
+  }
+  for (; d < D; d += kLanes) {
+    int n = D - d < kLanes ? int(D - d) : kLanes;
+    vf x = load_n(v + d, n);
+    a += x * x;
+    p += x * load_n(w + d, n);
+  }
+  *squares = hsum(a + b);
+  *along = hsum(p + q);
+}
+
 // Softmax weights of one row: weight[s * n + i], the reciprocal RMS of each source, the raw <query, v>, and lse[s].
 template <class T>
 void row_weights(const T* const* source, int64_t n, int64_t row, const float* query, int64_t S, int64_t D, float eps,
                  float* weight, float* rrms, float* raw, float* lse) {
   for (int64_t i = 0; i < n; ++i) {
     const T* v = source[i] + row * D;
-    rrms[i] = 1.0f / std::sqrt(sum_squares(v, D) / float(D) + eps);
-    for (int64_t s = 0; s < S; ++s) raw[s * n + i] = dot(v, query + s * D, D);
+    float squares;
+    moments(v, query, D, &squares, raw + i);
+    rrms[i] = 1.0f / std::sqrt(squares / float(D) + eps);
+    for (int64_t s = 1; s < S; ++s) raw[s * n + i] = dot(v, query + s * D, D);
   }
   for (int64_t s = 0; s < S; ++s) {
     float top = -INFINITY, total = 0;
@@ -228,8 +252,9 @@ void backward(const T* const* source, int64_t n, const float* query, int64_t S, 
 // h = out + sigmoid(logit(partial) - lse) * (partial - out), then the optional output norm.
 template <class T>
 float merge_gate(const T* p, const float* query, float lse, int64_t D, float eps, float* rrms, float* raw) {
-  *rrms = 1.0f / std::sqrt(sum_squares(p, D) / float(D) + eps);
-  *raw = dot(p, query, D);
+  float squares;
+  moments(p, query, D, &squares, raw);
+  *rrms = 1.0f / std::sqrt(squares / float(D) + eps);
   return 1.0f / (1.0f + std::exp(lse - *raw * *rrms));
 }
 
