@@ -97,9 +97,9 @@ class MuonAdamW:
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """[N, R, C] -> about the orthogonal polar factor of each, by five Newton-Schulz steps in float32."""
+    """[N, R, C] -> about the orthogonal polar factor of each, by five Newton-Schulz steps in bfloat16."""
     a, b, c = _QUINTIC
-    x = matrices.float()
+    x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

@@ -39,13 +39,13 @@ class Recipe:
 
     seed: int = 0
     tokens: int = 6_000_000
-    batch: int = 8
-    length: int = 512
-    lr: float = 5e-3
-    adamw_scale: float = 1.0
+    batch: int = 4
+    length: int = 1024
+    lr: float = 1e-2
+    adamw_scale: float = 3.0
     weight_decay: float = 0.1
-    warmup: float = 0.02
-    cooldown: float = 0.6
+    warmup: float = 0.01
+    cooldown: float = 0.7
     vocab_size: int = 1024
     layers: int = 4
     hidden_size: int = 192
@@ -80,6 +80,7 @@ class Recipe:
             num_attention_heads=self.heads,
             num_heads=self.heads,
             head_dim=self.head_dim,
+            v_head_dim=48,
             attn_res_block_size=self.attn_res or None,
         )
 
