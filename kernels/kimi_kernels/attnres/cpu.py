@@ -26,7 +26,7 @@ def _refuses_weights(*weights: Tensor | None) -> str | None:
     return None
 
 
-def _mix_refuses(queries, residuals, rms_weights, output_rms_weight, rms_eps, scale) -> str | None:
+def _mix_refuses(queries, residuals, rms_weights, output_rms_weight, rms_eps, scale):
     return _native.refuses_dtype(*residuals) or _refuses_weights(queries, rms_weights, output_rms_weight)
 
 
@@ -63,9 +63,7 @@ def mix(
     return out, lse
 
 
-def _mix_backward_refuses(
-    d_out, d_lse, queries, residuals, rms_weights, output_rms_weight, rms_eps, scale
-) -> str | None:
+def _mix_backward_refuses(d_out, d_lse, queries, residuals, rms_weights, output_rms_weight, rms_eps, scale):
     return _native.refuses_dtype(d_out, *residuals) or _refuses_weights(
         queries, rms_weights, output_rms_weight
     )
@@ -116,7 +114,7 @@ def mix_backward(
     )
 
 
-def _merge_refuses(out, lse, partial, query, rms_weight, output_rms_weight, rms_eps, scale) -> str | None:
+def _merge_refuses(out, lse, partial, query, rms_weight, output_rms_weight, rms_eps, scale):
     return _native.refuses_dtype(out, partial) or _refuses_weights(lse, query, rms_weight, output_rms_weight)
 
 
@@ -152,7 +150,7 @@ def merge(
     return merged
 
 
-def _merge_backward_refuses(d_merged, *forward_args) -> str | None:
+def _merge_backward_refuses(d_merged, *forward_args):
     return _native.refuses_dtype(d_merged, forward_args[2]) or _merge_refuses(*forward_args)
 
 

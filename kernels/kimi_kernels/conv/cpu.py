@@ -12,7 +12,7 @@ from .. import _native, dispatch
 _WIDTHS = range(2, 9)  # kernel widths that are compiled
 
 
-def _refuses(x, weight, bias, initial_state, offsets, silu, output_final_state) -> str | None:
+def _refuses(x, weight, bias, initial_state, offsets, silu, output_final_state):
     if weight.shape[1] not in _WIDTHS:
         return f"takes kernel widths {_WIDTHS.start} to {_WIDTHS.stop - 1}, got {weight.shape[1]}"
     if any(t is not None and t.dtype == torch.float64 for t in (weight, bias, initial_state)):
@@ -66,7 +66,7 @@ def causal_conv1d(
     return y, final
 
 
-def _backward_refuses(dy, dfinal, x, weight, bias, initial_state, offsets, silu) -> str | None:
+def _backward_refuses(dy, dfinal, x, weight, bias, initial_state, offsets, silu):
     reason = _refuses(x, weight, bias, initial_state, offsets, silu, False)
     return reason or _native.refuses_dtype(dy, x)
 

@@ -34,8 +34,10 @@ def _filtered(history: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution before its activation: [T, D]."""
     width = weight.shape[1]
     tokens = history.shape[0] - width
-    out = sum(history[1 + j : 1 + j + tokens] * weight[:, j] for j in range(width))
-    return out if bias is None else out + bias
+    out = history.new_zeros((tokens, history.shape[1])) if bias is None else bias.expand(tokens, -1)
+    for j in range(width):
+        out = out + history[1 + j : 1 + j + tokens] * weight[:, j]
+    return out
 
 
 @dispatch.register("causal_conv1d", "reference")

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _native, dispatch
 
 
-def _refuses(q, kv_cache, block_table, seq_lens, cu_seqlens_q, scale, v_dim) -> str | None:
+def _refuses(q, kv_cache, block_table, seq_lens, cu_seqlens_q, scale, v_dim):
     for tensor in (q, kv_cache):
         reason = _native.refuses_dtype(tensor)
         if reason:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _native, dispatch
 
 
-def _refuses(x, w13, w2, topk_ids, topk_weights) -> str | None:
+def _refuses(x, w13, w2, topk_ids, topk_weights):
     if not (w13.is_contiguous() and w2.is_contiguous()):
         return "needs contiguous w13 and w2"
     return _native.refuses_dtype(x, w13, w2)

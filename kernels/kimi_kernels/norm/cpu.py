@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _native, dispatch
 
 
-def _refuses(x, gate, weight, eps, silu) -> str | None:
+def _refuses(x, gate, weight, eps, silu):
     if weight.dtype == torch.float64:
         return "takes no float64 weight"
     return _native.refuses_dtype(x, gate)
@@ -35,7 +35,7 @@ def rmsnorm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: boo
     return y
 
 
-def _backward_refuses(dy, x, gate, weight, eps, silu) -> str | None:
+def _backward_refuses(dy, x, gate, weight, eps, silu):
     return _native.refuses_dtype(dy, x) or _refuses(x, gate, weight, eps, silu)
 
 

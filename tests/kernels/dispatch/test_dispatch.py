@@ -11,7 +11,16 @@ import sys
 import pytest
 import torch
 
-from kimi_kernels import BackendError, NativeLibraryError, _native, backend_report, dispatch, rmsnorm_gated
+from kimi_kernels import (
+    BackendError,
+    NativeLibraryError,
+    _native,
+    attn_res,
+    backend_report,
+    causal_conv1d,
+    dispatch,
+    rmsnorm_gated,
+)
 
 
 def norm(dtype=torch.float32):
@@ -170,3 +179,17 @@ def test_another_shared_library_is_refused(monkeypatch, native):
     monkeypatch.setenv("KIMI_KERNELS_LIBRARY", _ctypes.__file__)
     with pytest.raises(NativeLibraryError, match="lacks kimi_abi_version: it is not this package's library"):
         _native._load()
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_layer_of_ops_forward_and_backward(native):
+    weight, gain = torch.randn(16, 4), torch.rand(16)
+
+    def layer(x):
+        y, _ = causal_conv1d(x, weight, activation="silu")
+        return attn_res(gain, [x, rmsnorm_gated(y, x.sin(), gain)], gain).cos()
+
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(torch.compile(layer, fullgraph=True)(x).sum(), x)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(grad, expected)
