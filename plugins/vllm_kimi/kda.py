@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,6 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculat
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import MambaSpec
 
 
@@ -49,10 +48,11 @@ def state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
 class KDAPart:
     """A run of tokens that one kernel call serves, or a scattered set of them when `tokens` is a tensor.
 
-    `states` is int32, [N] or, for speculative rows, [N, S + 1].
+    `rows` are its requests in the batch. `states` is int32, [N] or, for speculative rows, [N, S + 1].
     """
 
     tokens: slice | torch.Tensor
+    rows: slice | torch.Tensor
     states: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
     has_state: torch.Tensor | None = None
@@ -61,10 +61,13 @@ class KDAPart:
 
 @dataclass
 class KDAMetadata:
-    """What the KDA layers of one cache group need to know of a batch: its parts, at most one of each kind."""
+    """What the KDA layers of one cache group need to know of a batch: its parts, at most one of each kind.
 
-    num_tokens: int
+    `columns` [requests, S + 1] are the entries of the block table that hold running states; None: all of it.
+    """
+
     parts: list[KDAPart]
+    columns: torch.Tensor | None
 
 
 class KDABackend(AttentionBackend):
@@ -90,16 +93,17 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
     that type.
     """
 
-    supports_update_block_table: ClassVar[bool] = False
+    # Groups of KDA layers differ in their block tables only.
+    supports_update_block_table: ClassVar[bool] = True
     kv_cache_spec: MambaSpec
 
     def __init__(
         self, kv_cache_spec: MambaSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
-        self.speculative = vllm_config.num_speculative_tokens > 0
-        self.cache_mode = vllm_config.cache_config.mamba_cache_mode
-        self._init_reorder_batch_threshold(1, self.speculative)
+        self.speculative = vllm_config.num_speculative_tokens
+        self.by_position = vllm_config.cache_config.mamba_cache_mode == "align"
+        self._init_reorder_batch_threshold(1, self.speculative > 0)
 
     def build(  # type: ignore[override]
         self,
@@ -110,41 +114,59 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> Any:
         m = common_attn_metadata
-        table = mamba_get_block_table_tensor(
-            m.block_table_tensor, m.seq_lens, self.kv_cache_spec, self.cache_mode
-        )
+        columns = None
+        if self.by_position:
+            last = ((m.seq_lens - 1) // self.kv_cache_spec.block_size).clamp_(min=0)
+            columns = last.unsqueeze(1) + torch.arange(1 + self.speculative, device=last.device)
+        table = _state_table(m.block_table_tensor, columns)
         if self.speculative and num_decode_draft_tokens_cpu is not None and num_accepted_tokens is not None:
             drafted = num_decode_draft_tokens_cpu[: m.num_reqs] >= 0
             if drafted.any():
-                return self._build_speculative(m, table, drafted, num_accepted_tokens)
-        states = table[:, 0].contiguous()
+                return KDAMetadata(self._speculative_parts(m, table, drafted, num_accepted_tokens), columns)
+        return KDAMetadata(self._parts(m, table[:, 0]), columns)
+
+    def update_block_table(
+        self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> Any:
+        """The same batch for another group of layers."""
+        table = _state_table(blk_table, metadata.columns)
+        parts = [
+            replace(p, states=(table if p.states.dim() == 2 else table[:, 0])[p.rows].contiguous())
+            for p in metadata.parts
+        ]
+        return KDAMetadata(parts, metadata.columns)
+
+    def _parts(self, m: CommonAttentionMetadata, states: torch.Tensor) -> list[KDAPart]:
         if m.max_query_len == 1 and m.num_actual_tokens == m.num_reqs and bool((m.seq_lens > 1).all()):
-            return KDAMetadata(m.num_actual_tokens, [KDAPart(slice(0, m.num_reqs), states)])
+            every = slice(0, m.num_reqs)
+            return [KDAPart(every, every, states.contiguous())]
         lengths = m.query_start_loc_cpu.diff()
         context = m.seq_lens[: m.num_reqs].cpu() - lengths
         # The runner puts decodes first. A prompt of one token is no decode: its slot holds another's state.
         decodes = int(((lengths == 1) & (context > 0)).long().cumprod(0).sum())
+        first, rest = slice(0, decodes), slice(decodes, m.num_reqs)
         parts = []
         if decodes:
-            parts.append(KDAPart(slice(0, decodes), states[:decodes]))
+            parts.append(KDAPart(first, first, states[first].contiguous()))
         if decodes < m.num_reqs:
             parts.append(
                 KDAPart(
                     slice(decodes, m.num_actual_tokens),
-                    states[decodes:],
+                    rest,
+                    states[rest].contiguous(),
                     cu_seqlens=(m.query_start_loc[decodes:] - decodes).int(),
-                    has_state=(context[decodes:] > 0).to(self.device),
+                    has_state=(context[rest] > 0).to(self.device),
                 )
             )
-        return KDAMetadata(m.num_actual_tokens, parts)
+        return parts
 
-    def _build_speculative(
+    def _speculative_parts(
         self,
         m: CommonAttentionMetadata,
         table: torch.Tensor,
         drafted: torch.Tensor,
         num_accepted: torch.Tensor,
-    ) -> KDAMetadata:
+    ) -> list[KDAPart]:
         lengths = m.query_start_loc_cpu.diff()
         context = m.seq_lens[: m.num_reqs].cpu() - lengths
         owner = torch.repeat_interleave(drafted, lengths)
@@ -159,10 +181,16 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
                 tokens = slice(first, first + tokens.numel())
             if speculative:
                 accepted = num_accepted[: m.num_reqs][rows].int()
-                parts.append(KDAPart(tokens, table[rows].contiguous(), cu_seqlens, num_accepted=accepted))
+                parts.append(KDAPart(tokens, rows, table[rows].contiguous(), cu_seqlens, None, accepted))
             else:
-                parts.append(KDAPart(tokens, table[rows, 0].contiguous(), cu_seqlens, context[rows] > 0))
-        return KDAMetadata(m.num_actual_tokens, parts)
+                states = table[rows, 0].contiguous()
+                parts.append(KDAPart(tokens, rows, states, cu_seqlens, context[rows] > 0))
+        return parts
+
+
+def _state_table(block_table: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    """[requests, S + 1] blocks of the running states."""
+    return block_table if columns is None else block_table.gather(1, columns)
 
 
 class KimiDeltaAttention(nn.Module, MambaBase):

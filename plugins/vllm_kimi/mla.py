@@ -20,7 +20,6 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -29,6 +28,8 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+
+from vllm_kimi.norm import KimiRMSNorm
 
 # Cache pages hold a multiple of this many tokens; the kernels themselves take any number.
 BLOCK_STEP = 16
@@ -122,11 +123,11 @@ class KimiLatentAttention(nn.Module, AttentionLayerBase):
             hidden, sum(self.splits), bias=False, prefix=f"{prefix}.in_proj", return_bias=False
         )
         if self.q_rank is not None:
-            self.q_norm = RMSNorm(self.q_rank, eps=LATENT_NORM_EPS)
+            self.q_norm = KimiRMSNorm(self.q_rank, eps=LATENT_NORM_EPS)
             self.q_up = ReplicatedLinear(
                 self.q_rank, query, bias=False, prefix=f"{prefix}.q_up", return_bias=False
             )
-        self.latent_norm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
+        self.latent_norm = KimiRMSNorm(self.rank, eps=LATENT_NORM_EPS)
         # Not a linear layer: the absorbed form reads the weight itself, which CPU linear layers give up.
         self.kv_up = nn.Parameter(
             torch.empty(self.num_heads, self.nope_dim + self.v_dim, self.rank), requires_grad=False

@@ -15,7 +15,6 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -28,6 +27,7 @@ from vllm_kimi.kda import KimiDeltaAttention, state_dtype, state_shape
 from vllm_kimi.loading import Place, load_published
 from vllm_kimi.mla import KimiLatentAttention
 from vllm_kimi.moe import KimiMLP, KimiMoE
+from vllm_kimi.norm import KimiRMSNorm
 from vllm_kimi.settings import kimi_config
 
 
@@ -45,7 +45,7 @@ class DepthMix(nn.Module):
         yield "_proj.weight", self.query.data
         yield "_norm.weight", self.norm_weight.data
 
-    def forward(self, sources: list[torch.Tensor], output_norm: RMSNorm | None = None) -> torch.Tensor:
+    def forward(self, sources: list[torch.Tensor], output_norm: KimiRMSNorm | None = None) -> torch.Tensor:
         """Mixture of `sources`, each [tokens, hidden]; through `output_norm` where given."""
         weight = None if output_norm is None else output_norm.weight
         return attn_res(self.query, sources, self.norm_weight, weight, rms_eps=self.eps)
@@ -65,8 +65,8 @@ class KimiDecoderLayer(nn.Module):
             self.mlp = KimiMoE(config, f"{prefix}.mlp")
         else:
             self.mlp = KimiMLP(config.hidden_size, config.intermediate_size, f"{prefix}.mlp")
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.use_attn_res:
             self.self_attention_res = DepthMix(config.hidden_size, config.rms_norm_eps)
             self.mlp_res = DepthMix(config.hidden_size, config.rms_norm_eps)
@@ -131,7 +131,7 @@ class KimiLinearModel(nn.Module):
             prefix=f"{prefix}.layers",
         )
         if self.is_last:
-            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             if config.use_attn_res:
                 self.output_attn_res = DepthMix(config.hidden_size, config.rms_norm_eps)
         else:

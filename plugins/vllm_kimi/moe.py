@@ -10,14 +10,15 @@ from kimi_kernels import moe_experts
 from kimi_models import KimiLinearConfig
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
+
+from vllm_kimi.norm import KimiSiluAndMul
 
 
 class KimiMLP(nn.Module):
     """SwiGLU, its width split over tensor-parallel ranks."""
 
-    def __init__(self, hidden_size: int, width: int, prefix: str, reduce_results: bool = True) -> None:
+    def __init__(self, hidden_size: int, width: int, prefix: str) -> None:
         super().__init__()
         local = width // get_tensor_model_parallel_world_size()
         self.local = local
@@ -28,11 +29,10 @@ class KimiMLP(nn.Module):
             width,
             hidden_size,
             bias=False,
-            reduce_results=reduce_results,
             prefix=f"{prefix}.down_proj",
             return_bias=False,
         )
-        self.act = SiluAndMul()
+        self.act = KimiSiluAndMul()
 
     def places(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(published name below the layer, local tensor) of every weight."""
@@ -49,7 +49,8 @@ class KimiMoE(nn.Module):
     """Sigmoid-routed experts with bias-corrected choice, and shared experts that every token uses.
 
     Every expert's width is split over tensor-parallel ranks; the router is held by each rank whole. Scores are
-    computed in float32.
+    computed in float32. A shared MLP n experts wide is n more experts, which every token has with weight 1: one
+    kernel call computes both.
     """
 
     def __init__(self, config: KimiLinearConfig, prefix: str) -> None:
@@ -60,35 +61,30 @@ class KimiMoE(nn.Module):
         self.renormalize = config.moe_renormalize
         self.factor = config.routed_scaling_factor
         self.tp_size = get_tensor_model_parallel_world_size()
-        local = config.moe_intermediate_size // self.tp_size
-        self.local = local
-        experts, hidden = config.num_experts, config.hidden_size
-        self.gate = nn.Parameter(torch.empty(experts, hidden, dtype=torch.float32), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(experts, dtype=torch.float32), requires_grad=False)
-        self.gate_up = nn.Parameter(torch.empty(experts, 2 * local, hidden), requires_grad=False)
-        self.down = nn.Parameter(torch.empty(experts, hidden, local), requires_grad=False)
-        self.shared_experts = (
-            KimiMLP(
-                hidden,
-                config.moe_intermediate_size * config.num_shared_experts,
-                f"{prefix}.shared_experts",
-                reduce_results=False,
-            )
-            if config.num_shared_experts
-            else None
-        )
+        self.local = config.moe_intermediate_size // self.tp_size
+        self.routed, self.shared = config.num_experts, config.num_shared_experts
+        hidden, experts = config.hidden_size, self.routed + self.shared
+        self.gate = nn.Parameter(torch.empty(self.routed, hidden, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(self.routed, dtype=torch.float32), requires_grad=False)
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * self.local, hidden), requires_grad=False)
+        self.down = nn.Parameter(torch.empty(experts, hidden, self.local), requires_grad=False)
+        shared = torch.arange(self.routed, experts).unsqueeze(0)
+        self.register_buffer("shared_ids", shared, persistent=False)
+        self.register_buffer("shared_weights", torch.ones(1, self.shared, dtype=torch.float32), persistent=False)
 
     def places(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(published name below the layer, local tensor) of every weight."""
         yield "gate.weight", self.gate.data
         yield "gate.e_score_correction_bias", self.bias.data
-        for e in range(self.gate_up.shape[0]):
-            yield f"experts.{e}.w1.weight", self.gate_up.data[e, : self.local]
-            yield f"experts.{e}.w3.weight", self.gate_up.data[e, self.local :]
-            yield f"experts.{e}.w2.weight", self.down.data[e]
-        if self.shared_experts is not None:
-            for name, place in self.shared_experts.places():
-                yield f"shared_experts.{name}", place
+        gate_up, down = self.gate_up.data, self.down.data
+        for e in range(self.routed):
+            yield f"experts.{e}.w1.weight", gate_up[e, : self.local]
+            yield f"experts.{e}.w3.weight", gate_up[e, self.local :]
+            yield f"experts.{e}.w2.weight", down[e]
+        if self.shared:
+            yield "shared_experts.gate_proj.weight", gate_up[self.routed :, : self.local]
+            yield "shared_experts.up_proj.weight", gate_up[self.routed :, self.local :]
+            yield "shared_experts.down_proj.weight", down[self.routed :].transpose(0, 1)
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (float32) and experts of each token, [tokens, top_k] both."""
@@ -107,7 +103,8 @@ class KimiMoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, experts = self.route(x)
+        if self.shared:
+            experts = torch.cat((experts, self.shared_ids.expand(x.shape[0], -1)), dim=1)
+            weights = torch.cat((weights, self.shared_weights.expand(x.shape[0], -1)), dim=1)
         out = moe_experts(x, self.gate_up, self.down, experts, weights)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
         return tensor_model_parallel_all_reduce(out) if self.tp_size > 1 else out
