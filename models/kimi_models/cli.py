@@ -172,7 +172,9 @@ def train_tiny(
     vocab_size: Annotated[int, typer.Option(min=259, help="Tokens of the byte-level BPE tokenizer.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 1024,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate of Muon; AdamW's is three times it.")] = 1e-2,
+    lr: Annotated[
+        float, typer.Option(min=0, help="Peak learning rate of Muon; AdamW's is three times it.")
+    ] = 1e-2,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the text.")] = 0,
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads; results differ slightly between numbers.")

@@ -65,7 +65,9 @@ def fetch(
     repo = resolve_name(name)
     patterns = [*SAFE_PATTERNS, *(CODE_PATTERNS if with_code else ())]
     try:
-        folder = snapshot_download(repo, revision=revision, local_dir=out, allow_patterns=patterns)
+        folder = snapshot_download(
+            repo, revision=revision, local_dir=None if out is None else Path(out), allow_patterns=patterns
+        )
     except HFValidationError as e:
         raise FetchError(f"{name!r} is not a repository name: give owner/name, as in {INSTRUCT_REPO}") from e
     except LocalEntryNotFoundError as e:

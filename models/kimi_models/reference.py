@@ -184,6 +184,8 @@ class SwiGLU(nn.Module):
 class Router(nn.Module):
     """Scores by sigmoid; chooses by score plus a bias that only balances load; weighs by the score alone."""
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, c: KimiLinearConfig, **kw: Any) -> None:
         super().__init__()
         self.c = c
@@ -384,7 +386,9 @@ class KimiLinearForCausalLM(nn.Module):
 
         for name, p in self.named_parameters():
             leaf = name.rsplit(".", 1)[-1]
-            if leaf == "A_log":
+            if leaf == "A_log" and self.config.linear_attn_config.gate_lower_bound is not None:
+                p.zero_()  # Kimi K3 report, 2.1
+            elif leaf == "A_log":
                 fill(p, torch.empty(p.shape, dtype=torch.float64).uniform_(1, 16, generator=rng).log())
             elif leaf == "dt_bias":
                 lo, hi = math.log(1e-3), math.log(1e-1)

@@ -82,6 +82,8 @@ def write_tiny(
         for name, p in model.named_parameters():
             if p.ndim == 1 and name.endswith("weight"):
                 p.uniform_(0.7, 1.3, generator=rng)
+            elif name.endswith("A_log") and config.linear_attn_config.gate_lower_bound is not None:
+                p.uniform_(-0.5, 0.5, generator=rng)
     config.save(path)
     save_weights(model, path, config)
     tokenizer = byte_tokenizer()

@@ -1,5 +1,6 @@
 """The reference model against transformers' own class, and Attention Residuals against the paper's equations."""
 
+import random
 import types
 
 import pytest
@@ -34,6 +35,42 @@ CONFIGS = {
         full_attn_layers=(2,),
     ),
 }  # fmt: skip
+
+
+def random_config(seed):
+    """A config with every size drawn from `seed`; some in fours, as transformers' grouped product asks for."""
+    draw = random.Random(seed)
+    layers = draw.randint(2, 6)
+    full = sorted(draw.sample(range(1, layers + 1), draw.randint(1, layers - 1)))
+    experts = draw.randint(2, 9)
+    return tiny_config(
+        layers,
+        dtype="float32",
+        full_attn_layers=tuple(full),
+        kda_layers=tuple(i for i in range(1, layers + 1) if i not in full),
+        vocab_size=draw.randint(259, 600),
+        hidden_size=4 * draw.randint(6, 35),
+        num_heads=draw.randint(1, 5),
+        head_dim=draw.choice([16, 32, 48, 96]),
+        short_conv_kernel_size=draw.randint(2, 5),
+        num_attention_heads=draw.randint(1, 5),
+        kv_lora_rank=16 * draw.randint(1, 5),
+        q_lora_rank=draw.choice([None, 24]),
+        qk_nope_head_dim=draw.randint(8, 40),
+        qk_rope_head_dim=16 * draw.randint(1, 2),
+        v_head_dim=draw.randint(8, 40),
+        intermediate_size=draw.randint(16, 200),
+        moe_intermediate_size=4 * draw.randint(2, 20),
+        num_experts=experts,
+        num_experts_per_token=draw.randint(1, experts),
+        num_shared_experts=draw.randint(1, 2),
+        first_k_dense_replace=draw.randint(0, 2),
+        moe_renormalize=draw.random() < 0.7,
+        routed_scaling_factor=draw.uniform(0.5, 3),
+    )
+
+
+CONFIGS |= {f"random {seed}": random_config(seed) for seed in range(4)}
 
 
 def load(folder, config, dtype=torch.float32):
