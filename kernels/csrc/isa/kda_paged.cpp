@@ -233,8 +233,9 @@ void decode_head(const KdaArgs& args, const HeadInputs& in, const TileShape& s, 
 
 }  // namespace
 
-// One task is a (q/k head, sequence) with the value heads that share it, so that a task owns its conv channels.
-// Heads are the outer loop: a thread keeps the filters of a head over the sequences.
+// One task is a (sequence, q/k head) with the value heads that share it, so that a task owns its conv channels.
+// Heads are the inner loop: states, histories and projections are then read as rising streams. What is small and
+// scattered is asked for one head ahead, while the states stream.
 void kda_decode(const KdaArgs* args, KdaLayer* layer) {
   if (!check(*args, *layer)) return;
   zero_padding(*args, *layer);
@@ -258,7 +259,7 @@ void kda_decode(const KdaArgs* args, KdaLayer* layer) {
     int64_t loaded = -1;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < args->H * args->N; ++task) {
-      const int64_t qk_head = task / args->N, n = task % args->N;
+      const int64_t qk_head = task % args->H, n = task / args->H;
       const Span span = packed_span(*layer, n);
       const int32_t* slots = slots_of(*layer, n);
       if (slots[0] < 0) {
@@ -288,8 +289,9 @@ void kda_decode(const KdaArgs* args, KdaLayer* layer) {
         in.conv_q = {int(width), filter_q, history_q};
         in.conv_k = {int(width), filter_k, history_k};
         in.conv_v = {int(width), filter_v + i * width * s.Vp, history_v};
-        decode_head(*args, in, s, span.length, slots, slots[accepted - 1], head, steps.data());
         const Rows gate = rows_of(layer->gate, 0, span.first, head, s.V);
+        for (const Rows& rows : {in.q, in.k, in.v, in.g, gate}) prefetch_next(rows);
+        decode_head(*args, in, s, span.length, slots, slots[accepted - 1], head, steps.data());
         Rows out = rows_of(args->o, 0, span.first, head, s.V);
         for (int64_t t = 0; t < span.length; ++t) gated_norm(*layer, steps[t].o, gate, t, s, out);
         keep_inputs(*layer, slots[0], channel, in.v, history_v, s.Vp, span.length);

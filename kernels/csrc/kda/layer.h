@@ -36,6 +36,8 @@ inline void load_filter_as(const T* from, int width, int count, int padded, floa
 
 inline void load_filter(const KdaLayer& layer, int64_t channel, int count, int padded, float* to) {
   const int width = int(layer.conv_width);
+  const int64_t bytes = int64_t(width) * (layer.conv_weight_dtype == 1 ? 2 : 4);
+  prefetch_span(static_cast<const char*>(layer.conv_weight) + (channel + count) * bytes, count * bytes);
   if (layer.conv_weight_dtype == 1) {
     load_filter_as(static_cast<const bf16*>(layer.conv_weight) + channel * width, width, count, padded, to);
   } else {
@@ -55,7 +57,9 @@ struct ConvEntry {
   }
   void read(float* to, int count, int padded) const {
     if (stride_channel == 1) {
-      load_row(Rows{base, 0, count, is_bf16}, 0, to, padded);
+      const Rows row{base, 0, count, is_bf16};
+      prefetch_next(row);
+      load_row(row, 0, to, padded);
       return;
     }
     for (int c = 0; c < padded; ++c) {

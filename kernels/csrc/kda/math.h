@@ -89,6 +89,7 @@ template <int kCount, int kSegment>
 KIMI_INLINE void fold_all(vf* v) {
   if constexpr (kSegment > 1) {
     constexpr int next = kCount > 1 ? kCount / 2 : 1;
+#pragma GCC unroll 16
     for (int i = 0; i < next; ++i) {
       v[i] = kCount > 1 ? fold_segments<kSegment>(v[2 * i], v[2 * i + 1]) : fold_segments<kSegment>(v[0], v[0]);
     }

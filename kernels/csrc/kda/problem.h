@@ -53,6 +53,19 @@ inline float load_scalar(const Rows& rows, int64_t t) {
   return rows.is_bf16 ? to_float(*static_cast<const bf16*>(p)) : *static_cast<const float*>(p);
 }
 
+constexpr int64_t kLineBytes = 64;
+
+// Asks for `bytes` of memory that will be needed soon.
+KIMI_INLINE void prefetch_span(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+// Asks for the row of the next head, which follows this one.
+KIMI_INLINE void prefetch_next(const Rows& rows) {
+  const int64_t bytes = int64_t(rows.count) * (rows.is_bf16 ? 2 : 4);
+  prefetch_span(rows.base + bytes, bytes);
+}
+
 // Where sequence n lies: batch row, first token and length.
 struct Span {
   int64_t batch, first, length;
