@@ -173,8 +173,12 @@ def train_tiny(
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 1024,
     lr: Annotated[
-        float, typer.Option(min=0, help="Peak learning rate of Muon; AdamW's is three times it.")
+        float, typer.Option(min=0, help="Peak learning rate of Muon; AdamW's is relative to it.")
     ] = 1e-2,
+    vector_scale: Annotated[
+        float,
+        typer.Option(min=0, help="Learning rate of norms, gates and AttnRes queries, relative to --lr."),
+    ] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the text.")] = 0,
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads; results differ slightly between numbers.")
@@ -195,7 +199,7 @@ def train_tiny(
 
     recipe = Recipe(
         seed=seed, tokens=tokens, batch=batch, length=length, lr=lr, vocab_size=vocab_size, layers=layers,
-        hidden_size=hidden_size, experts=experts, expert_size=expert_size, attn_res=attn_res,
+        hidden_size=hidden_size, experts=experts, expert_size=expert_size, attn_res=attn_res, vector_scale=vector_scale,
     )  # fmt: skip
     torch.set_num_threads(threads)
     command = " ".join(["kimi-stack", *sys.argv[1:]])

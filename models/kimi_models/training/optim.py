@@ -27,6 +27,8 @@ _NOT_MATRICES = (
     "_conv1d.weight",
     "_res_proj.weight",
 )
+# Of those, the tables with a row for each token of the vocabulary.
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass
@@ -39,11 +41,14 @@ class _Matrices:
 
 
 class MuonAdamW:
-    """Muon on the matrices inside the layers, AdamW on embeddings, head, routers, norms, gates and queries.
+    """Muon on the matrices inside the layers, AdamW on everything else.
 
-    AdamW's learning rate is `adamw_scale` times Muon's. Published tensors that share one parameter here
-    (q, k, v; gate, up; the experts) are orthogonalised one by one, as if stored apart. What is optimised are
-    float32 copies of all parameters, so the model itself may be in bfloat16.
+    AdamW's learning rate is Muon's times `table_scale` for embeddings and head, and times `vector_scale` for the
+    rest: a router's row or an AttnRes query meets every channel at once, so that steps of the same size
+    everywhere add up, and drive sigmoid and softmax into their flat ends.
+
+    Published tensors that share one parameter here (q, k, v; gate, up; the experts) are orthogonalised one by
+    one, as if stored apart. What is optimised are float32 copies, so the model itself may be in bfloat16.
     """
 
     def __init__(
@@ -53,9 +58,10 @@ class MuonAdamW:
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
-        adamw_scale: float = 1.0,
+        table_scale: float = 3.0,
+        vector_scale: float = 0.2,
     ) -> None:
-        self.weight_decay, self.momentum, self.adamw_scale = weight_decay, momentum, adamw_scale
+        self.weight_decay, self.momentum = weight_decay, momentum
         self._params = dict(model.named_parameters())
         self._masters = {n: p.detach().float().clone() for n, p in self._params.items()}
         self._groups: dict[tuple[int, ...], _Matrices] = defaultdict(_Matrices)
@@ -68,9 +74,14 @@ class MuonAdamW:
             group.sources.append((self._params[w.param], w))
             matrices.add(w.param)
         self._rest = [n for n in self._params if n not in matrices]
-        wide = [self._masters[n] for n in self._rest if self._params[n].ndim > 1]
-        narrow = [self._masters[n] for n in self._rest if self._params[n].ndim <= 1]
-        groups = [{"params": wide, "weight_decay": weight_decay}, {"params": narrow, "weight_decay": 0.0}]
+        groups = []
+        for names, scale in (
+            ([n for n in self._rest if n.endswith(_TABLES)], table_scale),
+            ([n for n in self._rest if not n.endswith(_TABLES)], vector_scale),
+        ):
+            for decay, many in ((weight_decay, True), (0.0, False)):
+                params = [self._masters[n] for n in names if (self._params[n].ndim > 1) == many]
+                groups.append({"params": params, "weight_decay": decay, "scale": scale})
         self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-10)
 
     @torch.no_grad()
@@ -80,7 +91,7 @@ class MuonAdamW:
             grad = self._params[name].grad
             self._masters[name].grad = None if grad is None else grad.float()
         for group in self._adamw.param_groups:
-            group["lr"] = lr * self.adamw_scale
+            group["lr"] = lr * group["scale"]
         self._adamw.step()
         for shape, matrices in self._groups.items():
             grads = torch.stack([_gradient(p, w) for p, w in matrices.sources]).float()

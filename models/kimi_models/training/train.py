@@ -31,6 +31,8 @@ from kimi_models.weights import load_weights, save_weights
 # The routers' biases move by this much a step (DeepSeek-V3 report, 4.2).
 BALANCE_RATE = 1e-3
 NGRAM_ORDER = 5
+# Steps whose gradient is not finite are left out; more than this many mean that the run has diverged.
+MAX_SKIPPED = 10
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Recipe:
     batch: int = 4
     length: int = 1024
     lr: float = 1e-2
-    adamw_scale: float = 3.0
+    table_scale: float = 3.0
+    vector_scale: float = 0.2
     weight_decay: float = 0.1
     warmup: float = 0.01
     cooldown: float = 0.7
@@ -208,11 +211,18 @@ def _fit(
     model: KimiLinearForCausalLM, recipe: Recipe, batches: Iterator[torch.Tensor], console: Console
 ) -> list[list[float]]:
     """The training loop; returns [tokens seen, mean loss in nats] points."""
-    optimizer = MuonAdamW(model, model.config, recipe.weight_decay, adamw_scale=recipe.adamw_scale)
+    optimizer = MuonAdamW(
+        model,
+        model.config,
+        recipe.weight_decay,
+        table_scale=recipe.table_scale,
+        vector_scale=recipe.vector_scale,
+    )
     routers = [m for m in model.modules() if isinstance(m, MoE)]
     every = max(1, recipe.steps // 100)
     points: list[list[float]] = []
     window: list[float] = []
+    skipped = 0
     columns = (
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
         TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeRemainingColumn(),
@@ -225,11 +235,23 @@ def _fit(
             logits = model(batch[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
             loss.backward()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss is {float(loss)} at step {step}: lower the learning rate (--lr)"
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not torch.isfinite(norm):
+                skipped += 1
+                bad = [
+                    n
+                    for n, p in model.named_parameters()
+                    if p.grad is not None and not p.grad.isfinite().all()
+                ]
+                console.print(
+                    f"step {step}: loss {loss.item():.3f}, no finite gradient for {', '.join(bad[:4])}"
                 )
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                if skipped > MAX_SKIPPED:
+                    raise FloatingPointError(
+                        f"{skipped} steps without a finite gradient: lower the learning rate (--lr)"
+                    )
+                model.zero_grad(set_to_none=True)
+                continue
             optimizer.step(recipe.rate(step))
             for router in routers:
                 router.balance(BALANCE_RATE)
