@@ -193,7 +193,7 @@ def train_tiny(
     """
     import torch
 
-    from kimi_models.training.plot import plot_losses
+    from kimi_models.training.plot import plot_losses, require_matplotlib
     from kimi_models.training.train import Recipe, train
     from kimi_models.validate import ConfigError
 
@@ -204,6 +204,7 @@ def train_tiny(
     torch.set_num_threads(threads)
     command = " ".join(["kimi-stack", *sys.argv[1:]])
     try:
+        require_matplotlib()
         report = train(recipe, out, command)
         plot_losses(report, out / "loss.png")
     except (ConfigError, FloatingPointError, FileNotFoundError, ImportError) as e:

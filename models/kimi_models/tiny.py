@@ -64,6 +64,7 @@ def write_tiny(
 ) -> Path:
     """Writes a random checkpoint (config, safetensors, byte tokenizer) and returns its path.
 
+    The tokenizer is left out where `vocab_size` does not hold the 256 bytes and the special tokens.
     Every part is made to matter: weights are spread by `weight_std` rather than the usual 0.02, and AttnRes
     queries, norm gains and the routers' biases are random instead of at their neutral start.
     """

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
 
-def plot_losses(report: dict[str, Any], file: str | os.PathLike[str]) -> None:
-    """Draws training loss against tokens, with the held-out results, from what `train` returned.
+def require_matplotlib() -> None:
+    """Raises ImportError with the package to install, before a run rather than after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the loss plot needs matplotlib: pip install 'kimi-stack[bench]'")
 
-    Raises ImportError with the package to install where matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise ImportError("the loss plot needs matplotlib: pip install 'kimi-stack[bench]'") from e
+
+def plot_losses(report: dict[str, Any], file: str | os.PathLike[str]) -> None:
+    """Draws training loss against tokens, with the held-out results, from what `train` returned."""
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
