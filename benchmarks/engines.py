@@ -57,7 +57,13 @@ class Engine:
             )
         os.close(write_end)
         self._answers = os.fdopen(read_end)
-        self.info = self._receive()
+        self._info: dict[str, Any] | None = None
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until the engine is loaded; facts about it. Until the first call, engines load side by side."""
+        if self._info is None:
+            self._info = self._receive()
+        return self._info
 
     def _receive(self) -> Any:
         line = self._answers.readline()
@@ -70,6 +76,7 @@ class Engine:
         return json.loads(line)
 
     def _ask(self, **request: Any) -> Any:
+        self.ready()
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
