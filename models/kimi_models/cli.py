@@ -164,7 +164,7 @@ def train_tiny(
     ] = 0,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to train on; the text has about 3 million.")
-    ] = 6_000_000,
+    ] = 5_000_000,
     layers: Annotated[int, typer.Option(min=1, help="Decoder layers; every fourth is MLA.")] = 4,
     hidden_size: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 192,
     experts: Annotated[int, typer.Option(min=2, help="Routed experts of a layer, two to a token.")] = 8,

@@ -40,7 +40,7 @@ class Recipe:
     """What a run depends on, besides the text of the Python it runs under."""
 
     seed: int = 0
-    tokens: int = 6_000_000
+    tokens: int = 5_000_000
     batch: int = 4
     length: int = 1024
     lr: float = 1e-2
