@@ -109,18 +109,11 @@ void kda_backward(const KdaArgs* args, const KdaGrads* grads) {
             store(d_bias + i, load(d_bias + i) + x);
           }
         }
-        float beta_grad = d.d_beta[r];
-        if (args->beta_sigmoid) {
-          const float share = tile.beta[r] / float(args->beta_scale);
-          beta_grad *= tile.beta[r] * (1.0f - share);
-        } else {
-          beta_grad *= float(args->beta_scale);
-        }
         store_row(dq, t, d.dq_grown + r * s.Kp);
         store_row(dk, t, d.dk_grown + r * s.Kp);
         store_row(dv, t, d.d_x + r * s.Vp);
         store_row(dg, t, d.dg + r * s.Kp);
-        *static_cast<float*>(dbeta.at(t)) = beta_grad;
+        *static_cast<float*>(dbeta.at(t)) = d.d_beta[r] * write_strength_slope(*args, load_scalar(in.beta, t));
       }
     }
     store_state(grads->d_initial, state_of(grads->d_initial, n, head), s, all, dS);

@@ -43,24 +43,26 @@ const int32_t* slots_of(const KdaLayer& layer, int64_t n) {
   return layer.state_indices + n * layer.indices_per_sequence;
 }
 
+LayerProblem problem_of(const KdaArgs& args, const KdaLayer& layer, int64_t n, const Span& span) {
+  const int32_t* slots = slots_of(layer, n);
+  if (span.first < 0 || span.length < 0 || span.first + span.length > args.T || (n == 0 && span.first != 0)) {
+    return kBadOffsets;
+  }
+  for (int64_t i = 0; i < layer.indices_per_sequence; ++i) {
+    if (slots[i] < -1 || slots[i] >= layer.slots) return kBadIndex;
+  }
+  if (layer.num_accepted == nullptr || slots[0] < 0) return kNoProblem;
+  if (span.length > layer.indices_per_sequence) return kBadLength;
+  const int32_t accepted = layer.num_accepted[n];
+  if (accepted < 1 || accepted > layer.indices_per_sequence || slots[accepted - 1] < 0) return kBadAccepted;
+  return kNoProblem;
+}
+
 // Nothing is written unless every sequence's offsets, slots and counts are in range.
 bool check(const KdaArgs& args, KdaLayer& layer) {
   for (int64_t n = 0; n < args.N; ++n) {
     const Span span = packed_span(layer, n);
-    int64_t problem = kNoProblem;
-    if (span.first < 0 || span.length < 0 || span.first + span.length > args.T || (n == 0 && span.first != 0)) {
-      problem = kBadOffsets;
-    }
-    for (int64_t i = 0; i < layer.indices_per_sequence; ++i) {
-      if (slots_of(layer, n)[i] < -1 || slots_of(layer, n)[i] >= layer.slots) problem = kBadIndex;
-    }
-    if (layer.num_accepted != nullptr && slots_of(layer, n)[0] >= 0) {
-      if (span.length > layer.indices_per_sequence) problem = kBadLength;
-      const int32_t accepted = layer.num_accepted[n];
-      if (accepted < 1 || accepted > layer.indices_per_sequence || slots_of(layer, n)[accepted - 1] < 0) {
-        problem = kBadAccepted;
-      }
-    }
+    const LayerProblem problem = problem_of(args, layer, n, span);
     if (problem != kNoProblem) {
       layer.problem = problem;
       layer.problem_at = n;

@@ -31,8 +31,7 @@ struct GateHead {
       *d_log_rate += dg * g;
       return dg * (-rate * vsigmoid(z));
     }
-    vf s = vsigmoid(rate * z);
-    vf d_scaled = dg * lower_bound * (s * (1.0f - s)) * rate;
+    vf d_scaled = dg * (lower_bound * rate) * vsigmoid_slope(rate * z);
     *d_log_rate += d_scaled * z;
     return d_scaled;
   }
@@ -53,6 +52,16 @@ inline GateHead gate_head(const KdaArgs& args, int64_t head, int K, int Kp, floa
 inline float write_strength(const KdaArgs& args, float raw) {
   float strength = args.beta_sigmoid ? 1.0f / (1.0f + std::exp(-raw)) : raw;
   return strength * static_cast<float>(args.beta_scale);
+}
+
+// Derivative of write_strength.
+inline float write_strength_slope(const KdaArgs& args, float raw) {
+  float slope = 1.0f;
+  if (args.beta_sigmoid) {
+    const float e = std::exp(-std::fabs(raw));
+    slope = e / ((1.0f + e) * (1.0f + e));
+  }
+  return slope * static_cast<float>(args.beta_scale);
 }
 
 // The vector of partial sums of squares of a row.

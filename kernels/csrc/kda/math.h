@@ -57,6 +57,13 @@ KIMI_INLINE vf vsoftplus(vf x) {
   return vmax(x, vf{}) + log1p_unit(vexp(magnitude));
 }
 
+// Derivative of the sigmoid, also where the sigmoid rounds to 1.
+KIMI_INLINE vf vsigmoid_slope(vf x) {
+  vf e = vexp(x < vf{} ? x : -x);
+  vf d = e + 1.0f;
+  return e / (d * d);
+}
+
 // Load or store a whole vector, or the n < kLanes elements that are left of a row.
 template <class T>
 KIMI_INLINE vf load_upto(const T* p, int n) {

@@ -18,7 +18,7 @@ namespace kimi::KIMI_ISA {
 constexpr int kTile = 16;
 static_assert(kTile % kLanes == 0 && kTile % kRows == 0);
 
-// e^G and e^-G are held as e^G 2^58 and e^-G 2^-58: with G in [-110, 20] both, and their products with unit keys,
+// e^G and e^-G are held as e^G 2^58 and e^-G 2^-58: with G in (-110, 20] both, and their products with unit keys,
 // keep about 19 decades from the ends of the normal fp32 range.
 constexpr int kShift = 58;
 constexpr float kUnshift = 0x1p-58f;
@@ -93,7 +93,7 @@ inline void tile_decay(Tile& tile, const HeadInputs& in, const TileShape& s, int
       low = vmin(low, total);
       high = vmax(high, total);
     }
-    bool outside = -hmax(-low) < -kSpan || hmax(high) > kGrowth;
+    bool outside = hmax(-low) >= kSpan || hmax(high) > kGrowth;
     if (outside && r > 0) break;
     std::memcpy(sum, next, sizeof(float) * s.Kp);
     for (int c = 0; c < s.Kp; c += kLanes) store(next + c, exp_shifted(load(next + c), kShift, kSpan));

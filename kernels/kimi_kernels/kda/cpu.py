@@ -14,6 +14,7 @@ from .reference import Options
 MAX_HEAD = 256  # csrc/kda/conv.h: kMaxHead
 
 _NO_STATES = States(None, 0, 0, 0, 0)
+_GATE_WORK = 40  # operations a gate value takes
 _GATE_NONE, _GATE_SOFTPLUS, _GATE_LOWER_BOUND = 0, 1, 2
 
 
@@ -146,3 +147,67 @@ def chunk_kda_backward(
     inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
     found = (dq, dk, dv, dg, dbeta, d_initial, dA_log, ddt_bias)
     return [None if x is None or d is None else d.to(x.dtype) for x, d in zip(inputs, found)]
+
+
+def _gate_refuses(g, A_log, dt_bias, lower_bound) -> str | None:
+    if g.dtype not in _native.DTYPE_CODES:
+        return f"takes float32 or bfloat16, got {g.dtype} for g"
+    if any(x is not None and x.dtype == torch.float64 for x in (A_log, dt_bias)):
+        return "computes in float32, got float64 parameters"
+    return None
+
+
+@dispatch.register("kda_gate", "cpu", _gate_refuses)
+def kda_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
+    g, A_log, dt_bias = g.contiguous(), _float(A_log), _float(dt_bias)
+    out = torch.empty(g.shape, dtype=torch.float32)
+    heads, width = g.shape[-2:]
+    _native.kernel("kda_gate", "pippifpiiii")(
+        g.data_ptr(),
+        _native.DTYPE_CODES[g.dtype],
+        _native.pointer(A_log),
+        _native.pointer(dt_bias),
+        int(lower_bound is not None),
+        lower_bound or 0.0,
+        out.data_ptr(),
+        g.numel() // max(heads * width, 1),
+        heads,
+        width,
+        _native.threads(g.numel() * _GATE_WORK),
+    )
+    return out
+
+
+@dispatch.register("kda_gate_backward", "cpu", lambda d_out, *args: _gate_refuses(*args))
+def kda_gate_backward(
+    d_out: Tensor, g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
+) -> list[Tensor | None]:
+    raw, rate, bias = g.contiguous(), _float(A_log), _float(dt_bias)
+    d_out = d_out.to(torch.float32).contiguous()
+    heads, width = g.shape[-2:]
+    dg = torch.empty(g.shape, dtype=torch.float32)
+    dA_log, ddt_bias = (
+        torch.empty(heads, dtype=torch.float32),
+        torch.empty(heads * width, dtype=torch.float32),
+    )
+    _native.kernel("kda_gate_backward", "ppippifpppiiii")(
+        d_out.data_ptr(),
+        raw.data_ptr(),
+        _native.DTYPE_CODES[g.dtype],
+        _native.pointer(rate),
+        _native.pointer(bias),
+        int(lower_bound is not None),
+        lower_bound or 0.0,
+        dg.data_ptr(),
+        dA_log.data_ptr(),
+        ddt_bias.data_ptr(),
+        g.numel() // max(heads * width, 1),
+        heads,
+        width,
+        _native.threads(g.numel() * _GATE_WORK),
+    )
+    return [
+        dg.to(g.dtype),
+        None if A_log is None else dA_log.view(A_log.shape).to(A_log.dtype),
+        None if dt_bias is None else ddt_bias.view(dt_bias.shape).to(dt_bias.dtype),
+    ]

@@ -11,15 +11,9 @@ from .. import _native, dispatch
 from ._layout import KdaArgs, KdaLayer, States, Tokens
 from .cpu import _GATE_LOWER_BOUND, _GATE_SOFTPLUS, MAX_HEAD
 from .paged_reference import LayerOptions
+from .validation import layer_problem
 
 MAX_CONV_WIDTH = 8  # csrc/kda/conv.h: kMaxConvWidth
-
-_PROBLEMS = {
-    1: "state_indices holds an index outside [-1, {slots}) for sequence {n}: pass slots of this pool",
-    2: "cu_seqlens gives sequence {n} more tokens than state_indices has columns: pass one slot per token",
-    3: "num_accepted_tokens[{n}] names no slot of the sequence: pass a count in [1, columns of state_indices]",
-    4: "cu_seqlens does not describe {tokens} tokens (sequence {n}): pass offsets that start at 0 and never fall",
-}
 
 
 def _refuses(qkv, g, beta, gate, conv_weight, conv_state, state, *rest) -> str | None:
@@ -131,9 +125,7 @@ def _call(
     )
     _native.kernel(kernel, "pp")(ctypes.addressof(args), ctypes.addressof(layer))
     if layer.problem:
-        raise ValueError(
-            _PROBLEMS[layer.problem].format(n=layer.problem_at, slots=slots, tokens=qkv.shape[0])
-        )
+        raise layer_problem(layer.problem, layer.problem_at, slots, qkv.shape[0])
 
 
 @dispatch.register("kda_prefill", "cpu", _refuses)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .reference import _chunked, _recurrent, _working_dtype, kda_gate, l2_norm
+from .validation import check_sequences
 
 
 class LayerOptions(NamedTuple):
@@ -57,6 +58,7 @@ def kda_prefill(
     layer = _Layer(conv_weight, state, A_log, dt_bias, norm_weight, options)
     past = conv_weight.shape[1] - 1
     bounds, slots, resumed = cu_seqlens.tolist(), state_indices.tolist(), has_initial_state.tolist()
+    check_sequences(bounds, [[slot] for slot in slots], None, len(state), len(qkv))
     out.zero_()
     for n, (a, b) in enumerate(itertools.pairwise(bounds)):
         slot = slots[n]
@@ -80,7 +82,9 @@ def kda_decode(
     past = conv_weight.shape[1] - 1
     slots = state_indices.view(len(state_indices), -1).tolist()
     bounds = list(range(len(slots) + 1)) if cu_seqlens is None else cu_seqlens.tolist()
-    accepted = [1] * len(slots) if num_accepted_tokens is None else num_accepted_tokens.tolist()
+    given = None if num_accepted_tokens is None else num_accepted_tokens.tolist()
+    check_sequences(bounds, slots, given, len(state), len(qkv))
+    accepted = given or [1] * len(slots)
     out.zero_()
     for n, (a, b) in enumerate(itertools.pairwise(bounds)):
         if slots[n][0] < 0 or a == b:

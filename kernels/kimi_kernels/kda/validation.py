@@ -188,3 +188,38 @@ def check_layer(
             f"out must be {qkv.dtype} {(tokens, value_heads * value_width)} with contiguous rows, "
             f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
         )
+
+
+# Numbered as LayerProblem in csrc/kda/args.h.
+_BAD_INDEX, _BAD_LENGTH, _BAD_ACCEPTED, _BAD_OFFSETS = 1, 2, 3, 4
+_LAYER_PROBLEMS = {
+    _BAD_INDEX: "state_indices holds an index outside [-1, {slots}) for sequence {n}: pass slots of this pool",
+    _BAD_LENGTH: "cu_seqlens gives sequence {n} more tokens than state_indices has columns: pass a slot per token",
+    _BAD_ACCEPTED: "num_accepted_tokens[{n}] names no slot of the sequence: pass 1 to state_indices' columns",
+    _BAD_OFFSETS: "cu_seqlens does not fit {tokens} tokens at sequence {n}: pass offsets from 0 that never fall",
+}
+
+
+def layer_problem(problem: int, n: int, slots: int, tokens: int) -> ValueError:
+    """The error for what a kernel found wrong with sequence `n`."""
+    return ValueError(_LAYER_PROBLEMS[problem].format(n=n, slots=slots, tokens=tokens))
+
+
+def check_sequences(
+    bounds: list[int], indices: list[list[int]], accepted: list[int] | None, slots: int, tokens: int
+) -> None:
+    """Offsets, slots and counts of a serving call, as the native kernels check them."""
+    for n, row in enumerate(indices):
+        first, end = bounds[n], bounds[n + 1]
+        problem = None
+        if first < 0 or end < first or end > tokens or (n == 0 and first != 0):
+            problem = _BAD_OFFSETS
+        elif any(not -1 <= index < slots for index in row):
+            problem = _BAD_INDEX
+        elif accepted is not None and row[0] >= 0:
+            if end - first > len(row):
+                problem = _BAD_LENGTH
+            elif not 1 <= accepted[n] <= len(row) or row[accepted[n] - 1] < 0:
+                problem = _BAD_ACCEPTED
+        if problem is not None:
+            raise layer_problem(problem, n, slots, tokens)

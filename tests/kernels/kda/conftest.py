@@ -1,0 +1,121 @@
+"""The oracle of the KDA tests, and inputs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Equation 1 of the paper: S = (I - b k k^T) diag(e^g) S + b k v^T, o = S^T q; tokens first, then heads."""
+    outputs = []
+    for t in range(len(k)):
+        decayed = g[t].exp().unsqueeze(-1) * state
+        erased = torch.einsum("...k,...l,...lv->...kv", k[t], k[t], decayed)
+        written = torch.einsum("...k,...v->...kv", k[t], v[t])
+        state = decayed + beta[t][..., None, None] * (written - erased)
+        outputs.append(torch.einsum("...kv,...k->...v", state, scale * q[t]))
+    return (torch.stack(outputs) if outputs else v), state
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_kda` by `delta_rule`, head after head, in the dtype of the inputs."""
+    batch, length, heads, width = k.shape
+    value_heads = v.shape[2]
+    if use_gate_in_kernel:
+        z = g if dt_bias is None else g + dt_bias.view(value_heads, width)
+        rate = 1.0 if A_log is None else A_log.exp()[:, None]
+        g = -rate * (z.exp() + 1).log() if lower_bound is None else lower_bound * torch.sigmoid(rate * z)
+    if use_qk_l2norm_in_kernel:
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    if use_beta_sigmoid_in_kernel:
+        beta = beta.sigmoid()
+    if allow_neg_eigval:
+        beta = 2 * beta
+    groups = value_heads // heads
+    q, k = (x.repeat_interleave(groups, 2) for x in (q, k))
+    scale = width**-0.5 if scale is None else scale
+    if cu_seqlens is None:
+        starts = [(slice(None), 0, length)]
+    else:
+        starts = [(slice(n, n + 1), a, b) for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))]
+    outputs, states = [], []
+    for sequences, a, b in starts:
+        if initial_state is None:
+            start = v.new_zeros(batch, value_heads, width, v.shape[3])
+        else:
+            start = initial_state[sequences].mT if state_v_first else initial_state[sequences]
+        parts = (x[:, a:b].transpose(0, 1) for x in (q, k, v, g, beta))
+        out, state = delta_rule(*parts, scale, start)
+        outputs.append(out.transpose(0, 1))
+        states.append(state.mT if state_v_first else state)
+    return torch.cat(outputs, 1), torch.cat(states) if output_final_state else None
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The oracle makes many tiny products: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(name="oracle")
+def _oracle() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return oracle
+
+
+@pytest.fixture
+def make() -> Callable[..., list[Tensor]]:
+    """make(B, T, H, HV, K, V, decay=..., dtype=...): q, k, v, g, beta as the recurrence takes them.
+
+    Keys and queries have norm 1, beta is in (0, 1), log decays are in (-decay, 0) and reach both ends.
+    """
+
+    def inputs(
+        B: int,
+        T: int,
+        H: int,
+        HV: int,
+        K: int,
+        V: int,
+        decay: float = 5.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:
+        q, k = (F.normalize(torch.randn(B, T, H, K), dim=-1) for _ in range(2))
+        g = -decay * torch.sigmoid(3 * torch.randn(B, T, HV, K))
+        return [x.to(dtype) for x in (q, k, torch.randn(B, T, HV, V), g, torch.rand(B, T, HV))]
+
+    return inputs
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """backend(name): all following calls use this backend."""
+    return lambda name: monkeypatch.setenv("KIMI_KERNELS_BACKEND", name)
