@@ -203,10 +203,9 @@ def _attribute(value: Any, name: str) -> Any:
         return getattr(value, name)
     if inspect.ismodule(value):
         return importlib.import_module(f"{value.__name__}.{name}")
-    if any(name in vars(cls).get("__annotations__", {}) for cls in getattr(value, "__mro__", ())):
-        return None
-    if inspect.isclass(value) and f"self.{name} = " in _class_source(value):
-        return None
+    for cls in getattr(value, "__mro__", ()):
+        if name in vars(cls).get("__annotations__", {}) or f"self.{name} = " in _class_source(cls):
+            return None
     raise AttributeError(name)
 
 

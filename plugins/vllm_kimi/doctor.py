@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 
 from kimi_stack.report import Row
-
 from vllm_kimi import compat, cpu_wheel
 from vllm_kimi.choice import ENVIRONMENT, choose_model
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from kimi_kernels import kda_decode, kda_prefill
-from kimi_models import KimiLinearConfig
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -20,6 +18,9 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
+
+from kimi_kernels import kda_decode, kda_prefill
+from kimi_models import KimiLinearConfig
 
 
 def state_shape(config: KimiLinearConfig, tp_size: int, num_speculative: int) -> tuple[tuple[int, ...], ...]:
@@ -292,13 +293,13 @@ class KimiDeltaAttention(nn.Module, MambaBase):
     ) -> None:
         t = part.tokens
         contiguous = isinstance(t, slice)
-        shared = dict(
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            lower_bound=self.lower_bound,
-            norm_eps=self.norm_eps,
-            out=core[t] if contiguous else None,
-        )
+        shared: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "lower_bound": self.lower_bound,
+            "norm_eps": self.norm_eps,
+            "out": core[t] if contiguous else None,
+        }
         inputs = (qkv[t], decay[t], beta[t], gate[t], self.conv_weight, conv_state, state, part.states)
         parameters = (self.A_log, self.dt_bias, self.norm_weight)
         if part.has_state is not None:

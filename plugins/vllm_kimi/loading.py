@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+
 from kimi_models import KimiLinearConfig
 from kimi_models.names import Weight, canonical_name, weight_table
 

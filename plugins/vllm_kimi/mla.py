@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from kimi_kernels import mla_paged_attention
-from kimi_models import KimiLinearConfig
-from kimi_models.config import LATENT_NORM_EPS
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -29,6 +26,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
+from kimi_kernels import mla_paged_attention
+from kimi_models import KimiLinearConfig
+from kimi_models.config import LATENT_NORM_EPS
 from vllm_kimi.norm import KimiRMSNorm
 
 # Cache pages hold a multiple of this many tokens; the kernels themselves take any number.
@@ -75,8 +75,8 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 class LatentBackend(AttentionBackend):
     """Names the metadata builder and the shape of the cache to vLLM; the layer itself computes."""
 
-    supported_dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes = ["auto"]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
 
     @staticmethod
     def get_name() -> str:

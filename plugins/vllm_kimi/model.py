@@ -6,8 +6,6 @@ import functools
 from collections.abc import Iterable, Iterator
 
 import torch
-from kimi_kernels import attn_res
-from kimi_models import KimiLinearConfig
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -22,6 +20,8 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, Suppo
 from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
+from kimi_kernels import attn_res
+from kimi_models import KimiLinearConfig
 from vllm_kimi import state_copy
 from vllm_kimi.kda import KimiDeltaAttention, state_dtype, state_shape
 from vllm_kimi.loading import Place, load_published

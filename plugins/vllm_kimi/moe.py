@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from kimi_kernels import moe_experts
-from kimi_models import KimiLinearConfig
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
+from kimi_kernels import moe_experts
+from kimi_models import KimiLinearConfig
 from vllm_kimi.norm import KimiSiluAndMul
 
 

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 from kimi_models import KimiLinearConfig
-
 from vllm_kimi.choice import ENVIRONMENT, Choice, choose_model, read_option
 
 logger = logging.getLogger("vllm.kimi_stack")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from kimi_models import KimiLinearConfig
 from kimi_models.tiny import tiny_config, write_tiny
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kimi_stack.compat import Hook, LiveSource, SnapshotSource, TreeSource, missing, snapshot
 from vllm_kimi import compat, redirect, state_copy
 from vllm_kimi.choice import choose_model, read_option

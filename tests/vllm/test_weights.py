@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from kimi_models import KimiLinearConfig
 from kimi_models.names import weight_table
 from kimi_models.tiny import tiny_config
 from vllm_kimi.loading import WeightError, load_published
-
 
 # Builds our class on the meta device for each tensor-parallel size and prints the shape of each weight's place.
 PLACES = """
@@ -195,7 +195,9 @@ BAD_ENGINES: list[tuple[str, Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("change", "engine_options", "message"), [b[1:] for b in BAD_ENGINES], ids=[b[0] for b in BAD_ENGINES])
+@pytest.mark.parametrize(
+    ("change", "engine_options", "message"), [b[1:] for b in BAD_ENGINES], ids=[b[0] for b in BAD_ENGINES]
+)
 def test_engine_refuses(
     engine: Any,
     checkpoint: Callable[..., Path],

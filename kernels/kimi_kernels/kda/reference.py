@@ -7,7 +7,7 @@ definition against which everything else is tested; the chunk form is the same a
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,8 +156,9 @@ def chunk_kda_backward(
     """Gradients of q, k, v, g, beta, initial_state, A_log, dt_bias, by autograd through the chunk form."""
     inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
     with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        out, state = _run(_chunked, *leaves, cu_seqlens, options)
+        leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        q, k, v, g, beta, initial_state, A_log, dt_bias = leaves
+        out, state = _run(_chunked, q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
         wanted = [x for x in leaves if x is not None]
         grads = iter(
             torch.autograd.grad((out, state), wanted, (d_out, d_state.to(state.dtype)), allow_unused=True)
@@ -172,7 +173,8 @@ dispatch.register("kda_gate", "reference")(kda_gate)
 @dispatch.register("kda_gate_backward", "reference")
 def kda_gate_backward(d_out, g, A_log, dt_bias, lower_bound) -> list[Tensor | None]:
     with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (g, A_log, dt_bias)]
+        leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in (g, A_log, dt_bias)]
         wanted = [x for x in leaves if x is not None]
-        grads = iter(torch.autograd.grad(kda_gate(*leaves, lower_bound), wanted, d_out))
+        out = kda_gate(leaves[0], leaves[1], leaves[2], lower_bound)
+        grads = iter(torch.autograd.grad(out, wanted, d_out))
     return [None if x is None else next(grads) for x in leaves]
