@@ -64,50 +64,6 @@ KIMI_INLINE void prefetch_line(const float* p, int64_t line) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + line * kLineBytes, 1);
 }
 
-// kHeld rows whose kVecs vectors stay in registers between the two passes.
-template <int kVecs, int kHeld>
-KIMI_INLINE void step_held_rows(const Step& step, const float* from, int64_t from_row, float* to, int64_t to_row,
-                                int row) {
-  vf x[kHeld][kVecs], sums[2 * kHeld];
-#pragma GCC unroll 8
-  for (int i = 0; i < 2 * kHeld; ++i) sums[i] = vf{};
-#pragma GCC unroll 16
-  for (int c = 0; c < kVecs; ++c) {
-    vf a = load(step.decay + c * kLanes), k = load(step.k + c * kLanes), q = load(step.q + c * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kHeld; ++r) {
-      prefetch_line(from, c * kHeld + r);
-      x[r][c] = load(from + r * from_row + c * kLanes) * a;
-      sums[r] += x[r][c] * k;
-      sums[kHeld + r] += x[r][c] * q;
-    }
-  }
-  float products[2 * kHeld], u[kHeld];
-  sum_lanes<2 * kHeld>(sums, products);
-#pragma GCC unroll 4
-  for (int r = 0; r < kHeld; ++r) {
-    u[r] = step.beta * (step.v[row + r] - products[r]);
-    step.o[row + r] = products[kHeld + r] + u[r] * step.qk;
-  }
-#pragma GCC unroll 16
-  for (int c = 0; c < kVecs; ++c) {
-    vf k = load(step.k + c * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kHeld; ++r) store(to + r * to_row + c * kLanes, x[r][c] + splat(u[r]) * k);
-  }
-}
-
-// Rows from `first` on, as many as make whole groups; returns the row after them.
-template <int kK, int kHeld>
-inline int step_all_held(const Step& step, const float* from, int64_t from_row, float* to, int64_t to_row, int first,
-                         int end) {
-  int row = first;
-  for (; row + kHeld <= end; row += kHeld) {
-    step_held_rows<kK / kLanes, kHeld>(step, from + row * from_row, from_row, to + row * to_row, to_row, row);
-  }
-  return row;
-}
-
 // kStepRows rows of the state from `from` to `to` (which may be the same memory), and their outputs.
 KIMI_INLINE void step_rows(const Step& step, const float* from, int64_t from_row, float* to, int64_t to_row, int K,
                            int row) {
@@ -155,14 +111,9 @@ KIMI_INLINE void step_rows(const Step& step, const float* from, int64_t from_row
 }
 
 // Rows [first, end) of the state. A last group of fewer than kStepRows rows goes through a copy.
-template <int kWidth = kLanes>
 inline void step_state(const Step& step, const float* from, int64_t from_row, float* to, int64_t to_row, int K,
                        int first, int end) {
   int row = first;
-  if constexpr (kWidth == 16) {  // registers for 16 vectors of state beside the sums and operands
-    if (K == 128) row = step_all_held<8 * kWidth, 2>(step, from, from_row, to, to_row, first, end);
-    if (K == 64) row = step_all_held<4 * kWidth, 4>(step, from, from_row, to, to_row, first, end);
-  }
   for (; row + kStepRows <= end; row += kStepRows) {
     step_rows(step, from + row * from_row, from_row, to + row * to_row, to_row, K, row);
   }
