@@ -1,6 +1,7 @@
 # kimi-stack: `make serve` and `make test` are the two commands to know. `make help` lists the rest.
 PYTHON ?= python3.11
-MODEL ?= models/checkpoints/tiny-linear
+MODEL ?= models/checkpoints/tiny-attnres
+HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 # Where `pip install torch` would take a CUDA build, name the index of PyTorch's CPU wheels, e.g.
@@ -15,9 +16,9 @@ SOURCES := $(shell git ls-files kernels models plugins cli CMakeLists.txt pyproj
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
-serve: $(VLLM)/.ready ## an OpenAI-compatible vLLM server with a small trained Kimi Linear model (MODEL=, PORT=, ARGS=)
+serve: $(VLLM)/.ready ## an OpenAI-compatible vLLM server with a small trained Kimi Linear model (MODEL=, HOST=, PORT=, ARGS=)
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(VLLM)/bin/vllm serve $(MODEL) \
-	  --served-model-name $(notdir $(MODEL)) --port $(PORT) $(ARGS)
+	  --served-model-name $(notdir $(MODEL)) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(NOX) ## every check: lint, kernels, models, a real vLLM server; each stack in its own environment
 	$(NOX)
