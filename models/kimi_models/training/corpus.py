@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +58,8 @@ def load_corpus(root: Path | None = None) -> list[Document]:
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     out = []
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(_sources(root)):
         parts = file.relative_to(root).parts
-        if _SKIPPED.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
-            continue
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -72,6 +72,14 @@ def load_corpus(root: Path | None = None) -> list[Document]:
 
     out += [Document(f"topics/{name}", "topics", text) for name, text in sorted(topics.items())]
     return out
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for folder, inside, files in os.walk(root):
+        inside[:] = [n for n in inside if n not in _SKIPPED and not n.startswith("config-")]
+        yield from (
+            Path(folder, n) for n in files if n.endswith(".py") and not n.startswith("_sysconfigdata")
+        )
 
 
 def split(corpus: list[Document]) -> tuple[list[Document], list[Document]]:
