@@ -19,6 +19,8 @@ _MODULE_OF = {
     "attn_res_merge": "attnres",
     "mla_paged_attention": "mla",
     "moe_experts": "moe",
+    "moe_route": "moe",
+    "batched_linear": "linear",
     "backend_report": "dispatch",
     "BackendError": "dispatch",
     "NativeLibraryError": "_native",

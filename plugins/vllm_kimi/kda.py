@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from kimi_kernels import kda_decode, kda_prefill
+from kimi_kernels import batched_linear, kda_decode, kda_prefill
 from kimi_models import KimiLinearConfig
 
 
@@ -50,6 +50,7 @@ class KDAPart:
     """A run of tokens that one kernel call serves, or a scattered set of them when `tokens` is a tensor.
 
     `rows` are its requests in the batch. `states` is int32, [N] or, for speculative rows, [N, S + 1].
+    `fresh` [N] marks speculative rows whose slots still hold another sequence's state.
     """
 
     tokens: slice | torch.Tensor
@@ -58,6 +59,7 @@ class KDAPart:
     cu_seqlens: torch.Tensor | None = None
     has_state: torch.Tensor | None = None
     num_accepted: torch.Tensor | None = None
+    fresh: torch.Tensor | None = None
 
 
 @dataclass
@@ -181,8 +183,11 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
             if int(tokens[-1]) - first + 1 == tokens.numel():
                 tokens = slice(first, first + tokens.numel())
             if speculative:
-                accepted = num_accepted[: m.num_reqs][rows].int()
-                parts.append(KDAPart(tokens, rows, table[rows].contiguous(), cu_seqlens, None, accepted))
+                # vLLM pads a new prompt of one token with empty drafts, so that it looks like a decode.
+                fresh = (context[rows] == 0).to(self.device)
+                accepted = num_accepted[: m.num_reqs][rows].int().masked_fill(fresh, 1)
+                part = KDAPart(tokens, rows, table[rows].contiguous(), cu_seqlens, num_accepted=accepted)
+                parts.append(replace(part, fresh=fresh) if fresh.any() else part)
             else:
                 states = table[rows, 0].contiguous()
                 parts.append(KDAPart(tokens, rows, states, cu_seqlens, context[rows] > 0))
@@ -267,7 +272,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         metadata = self._metadata()
         qkv, down, beta = self.in_proj(hidden_states).split(self.splits, dim=-1)
         down = down.unflatten(-1, (2, self.head_dim)).transpose(0, 1)
-        gates = torch.bmm(down, self.gate_up.transpose(1, 2)).unflatten(-1, (self.num_heads, self.head_dim))
+        gates = batched_linear(down, self.gate_up).unflatten(-1, (self.num_heads, self.head_dim))
         make = hidden_states.new_zeros if metadata is None else hidden_states.new_empty
         core = make((hidden_states.shape[0], self.width))
         if metadata is not None:
@@ -291,6 +296,10 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         state: torch.Tensor,
         core: torch.Tensor,
     ) -> None:
+        if part.fresh is not None:
+            slots = part.states[part.fresh, 0].long()
+            conv_state[slots] = 0
+            state[slots] = 0
         t = part.tokens
         contiguous = isinstance(t, slice)
         shared: dict[str, Any] = {

@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
-from kimi_kernels import mla_paged_attention
+from kimi_kernels import batched_linear, mla_paged_attention
 from kimi_models import KimiLinearConfig
 from kimi_models.config import LATENT_NORM_EPS
 from vllm_kimi.norm import KimiRMSNorm
@@ -132,6 +132,7 @@ class KimiLatentAttention(nn.Module, AttentionLayerBase):
         self.kv_up = nn.Parameter(
             torch.empty(self.num_heads, self.nope_dim + self.v_dim, self.rank), requires_grad=False
         )
+        self.key_up: torch.Tensor | None = None  # the key rows of kv_up by latent channel, made at first use
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * self.v_dim,
             hidden,
@@ -160,7 +161,8 @@ class KimiLatentAttention(nn.Module, AttentionLayerBase):
         )
 
     def places(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(published name below the layer, local tensor) of every weight."""
+        """(published name below the layer, local tensor) of every weight. They are about to be written."""
+        self.key_up = None
         query, latent = self.in_proj.weight.data.split(self.splits)
         if self.q_rank is None:
             yield "q_proj.weight", query
@@ -189,8 +191,9 @@ class KimiLatentAttention(nn.Module, AttentionLayerBase):
         row = torch.cat((self.latent_norm(latent[:, : self.rank].contiguous()), latent[:, self.rank :]), dim=-1)
         cache.index_put_((metadata.block, metadata.offset), row)
 
-        up = self.kv_up
-        nope = torch.bmm(query[..., : self.nope_dim].transpose(0, 1), up[:, : self.nope_dim])
+        if self.key_up is None:
+            self.key_up = self.kv_up[:, : self.nope_dim].transpose(1, 2).contiguous()
+        nope = batched_linear(query[..., : self.nope_dim].transpose(0, 1), self.key_up)
         absorbed = torch.cat((nope.transpose(0, 1), query[..., self.nope_dim :]), dim=-1)
         mixed = mla_paged_attention(
             absorbed,
@@ -201,5 +204,5 @@ class KimiLatentAttention(nn.Module, AttentionLayerBase):
             self.scale,
             self.rank,
         )
-        values = torch.bmm(mixed.transpose(0, 1), up[:, self.nope_dim :].transpose(1, 2))
+        values = batched_linear(mixed.transpose(0, 1), self.kv_up[:, self.nope_dim :])
         return self.o_proj(values.transpose(0, 1).reshape(tokens, -1))

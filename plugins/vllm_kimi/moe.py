@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
-from kimi_kernels import moe_experts
+from kimi_kernels import moe_experts, moe_route
 from kimi_models import KimiLinearConfig
 from vllm_kimi.norm import KimiSiluAndMul
 
@@ -68,9 +67,6 @@ class KimiMoE(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.routed, dtype=torch.float32), requires_grad=False)
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * self.local, hidden), requires_grad=False)
         self.down = nn.Parameter(torch.empty(experts, hidden, self.local), requires_grad=False)
-        shared = torch.arange(self.routed, experts).unsqueeze(0)
-        self.register_buffer("shared_ids", shared, persistent=False)
-        self.register_buffer("shared_weights", torch.ones(1, self.shared, dtype=torch.float32), persistent=False)
 
     def places(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(published name below the layer, local tensor) of every weight."""
@@ -86,25 +82,17 @@ class KimiMoE(nn.Module):
             yield "shared_experts.up_proj.weight", gate_up[self.routed :, self.local :]
             yield "shared_experts.down_proj.weight", down[self.routed :].transpose(0, 1)
 
-    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights (float32) and experts of each token, [tokens, top_k] both."""
-        scores = F.linear(x.float(), self.gate).sigmoid()
-        choice = scores + self.bias
-        if self.groups > 1:
-            grouped = choice.unflatten(-1, (self.groups, -1))
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices
-            kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
-            choice = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
-        experts = choice.topk(self.top_k, dim=-1, sorted=False).indices
-        weights = scores.gather(1, experts)
-        if self.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * self.factor, experts
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, experts = self.route(x)
-        if self.shared:
-            experts = torch.cat((experts, self.shared_ids.expand(x.shape[0], -1)), dim=1)
-            weights = torch.cat((weights, self.shared_weights.expand(x.shape[0], -1)), dim=1)
+        experts, weights = moe_route(
+            x,
+            self.gate,
+            self.bias,
+            self.top_k,
+            self.groups,
+            self.topk_group,
+            self.renormalize,
+            self.factor,
+            self.shared,
+        )
         out = moe_experts(x, self.gate_up, self.down, experts, weights)
         return tensor_model_parallel_all_reduce(out) if self.tp_size > 1 else out

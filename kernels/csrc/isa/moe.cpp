@@ -2,6 +2,8 @@
 //
 // Tokens are grouped by expert; threads share out blocks of weight rows, so that each row is read once. A token's terms
 // are added in the order of the experts, whoever computes them: it gets the same bits in any batch.
+// The router: sigmoid scores, and the experts whose score plus bias is largest.
+#include <cmath>
 #include <cstdlib>
 
 #include "dots.h"
@@ -172,5 +174,92 @@ void moe_experts(const void* x, const void* w13, const void* w2, const int32_t* 
   std::free(counts);
 }
 KIMI_EXPORT(moe_experts);
+
+namespace {
+
+// The positions of the `count` largest of n values, largest first; of equal values the first wins. Marks them with -inf.
+void take_largest(float* values, int64_t n, int64_t count, int32_t* taken) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t best = 0;
+    for (int64_t j = 1; j < n; ++j)
+      if (values[j] > values[best]) best = j;
+    taken[i] = int32_t(best);
+    values[best] = -INFINITY;
+  }
+}
+
+// Only the experts of the `kept` groups with the largest sums of their two best choices stay open.
+void close_groups(float* choice, int64_t E, int64_t groups, int64_t kept, float* strength, int32_t* open) {
+  const int64_t width = E / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    float first = -INFINITY, second = -INFINITY;
+    for (int64_t j = g * width; j < (g + 1) * width; ++j) {
+      second = choice[j] > first ? first : choice[j] > second ? choice[j] : second;
+      first = choice[j] > first ? choice[j] : first;
+    }
+    strength[g] = first + second;
+  }
+  take_largest(strength, groups, kept, open);
+  for (int64_t g = 0; g < groups; ++g) {
+    bool stays = false;
+    for (int64_t i = 0; i < kept; ++i) stays |= open[i] == g;
+    if (!stays)
+      for (int64_t j = g * width; j < (g + 1) * width; ++j) choice[j] = -INFINITY;
+  }
+}
+
+template <class T>
+void route(const T* x, const float* gate, const float* bias, int32_t* ids, float* weights, int64_t tokens, int64_t E,
+           int64_t D, int64_t k, int64_t groups, int64_t kept, int64_t shared, bool renormalize, float factor,
+           int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* row = aligned_floats(D + 3 * E + 2 * kLanes);
+    float *score = row + (D + kLanes - 1) / kLanes * kLanes, *choice = score + E, *strength = choice + E;
+    int32_t* open = static_cast<int32_t*>(std::malloc((E + 1) * sizeof(int32_t)));
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const int m = D - d < kLanes ? int(D - d) : kLanes;
+        store_n(row + d, load_n(x + t * D + d, m), m);
+      }
+      dots(row, D, 1, gate, D, E, D, score, E);
+      for (int64_t e = 0; e < E; e += kLanes) {
+        const int m = E - e < kLanes ? int(E - e) : kLanes;
+        const vf s = vsigmoid(load_n(score + e, m));
+        store_n(score + e, s, m);
+        store_n(choice + e, s + load_n(bias + e, m), m);
+      }
+      if (groups > 1) close_groups(choice, E, groups, kept, strength, open);
+      int32_t* chosen = ids + t * (k + shared);
+      float* factors = weights + t * (k + shared);
+      take_largest(choice, E, k, chosen);
+      float sum = 0;
+      for (int64_t i = 0; i < k; ++i) sum += factors[i] = score[chosen[i]];
+      const float scale = renormalize ? factor / (sum + 1e-20f) : factor;
+      for (int64_t i = 0; i < k; ++i) factors[i] *= scale;
+      for (int64_t i = 0; i < shared; ++i) chosen[k + i] = int32_t(E + i), factors[k + i] = 1.0f;
+    }
+    std::free(open);
+    std::free(row);
+  }
+}
+
+}  // namespace
+
+// x [T, D]; gate [E, D] and bias [E] fp32; ids and weights [T, k + shared]. E is a multiple of kColBlock and of groups.
+void moe_route(const void* x, const float* gate, const float* bias, int32_t* ids, float* weights, int64_t tokens,
+               int64_t E, int64_t D, int64_t k, int64_t groups, int64_t kept, int64_t shared, int64_t renormalize,
+               float factor, int64_t dtype, int64_t threads) {
+  const int team = tokens * E * D < 1 << 16 ? 1 : int(threads);
+  if (dtype == 0) {
+    route(static_cast<const float*>(x), gate, bias, ids, weights, tokens, E, D, k, groups, kept, shared,
+          renormalize != 0, factor, team);
+  } else {
+    route(static_cast<const bf16*>(x), gate, bias, ids, weights, tokens, E, D, k, groups, kept, shared,
+          renormalize != 0, factor, team);
+  }
+}
+KIMI_EXPORT(moe_route);
 
 }  // namespace kimi::KIMI_ISA

@@ -37,3 +37,53 @@ def moe_experts(x: Tensor, w13: Tensor, w2: Tensor, topk_ids: Tensor, topk_weigh
         torch.get_num_threads(),
     )
     return out
+
+
+def _route_refuses(x, gate, bias, top_k, num_groups, topk_groups, renormalize, factor, num_shared):
+    if gate.shape[0] % 4:
+        return f"needs a multiple of 4 experts, got {gate.shape[0]}"
+    if gate.shape[0] // num_groups < 2 and num_groups > 1:
+        return "needs two experts in a group"
+    if not gate.is_contiguous():
+        return "needs a contiguous gate"
+    if x.dtype not in _native.DTYPE_CODES:
+        return f"takes float32 or bfloat16 tokens, got {x.dtype}"
+    return _native.refuses_dtype(gate)
+
+
+@dispatch.register("moe_route", "cpu", _route_refuses)
+def moe_route(
+    x: Tensor,
+    gate: Tensor,
+    bias: Tensor,
+    top_k: int,
+    num_groups: int,
+    topk_groups: int,
+    renormalize: bool,
+    factor: float,
+    num_shared: int,
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    bias = bias.contiguous()
+    tokens, width = x.shape
+    ids = torch.empty((tokens, top_k + num_shared), dtype=torch.int32)
+    weights = torch.empty((tokens, top_k + num_shared), dtype=torch.float32)
+    _native.kernel("moe_route", "ppppp" + "iiiiiiii" + "f" + "ii")(
+        x.data_ptr(),
+        gate.data_ptr(),
+        bias.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        tokens,
+        gate.shape[0],
+        width,
+        top_k,
+        num_groups,
+        topk_groups,
+        num_shared,
+        int(renormalize),
+        factor,
+        _native.DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return ids, weights

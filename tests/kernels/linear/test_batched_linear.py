@@ -1,0 +1,54 @@
+"""Batched linear maps of a few tokens against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kimi_kernels import BackendError, batched_linear
+
+
+def oracle(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("btk,bnk->btn", x.double(), weight.double())
+
+
+# (B, T, K, N): one token, few, more than one block of rows, odd K, more tokens than the native path takes, none.
+@pytest.mark.parametrize(
+    "sizes", [(2, 1, 32, 128), (4, 3, 64, 200), (3, 16, 37, 68), (2, 40, 32, 64), (2, 0, 16, 8), (1, 1, 8, 4)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matches_float64(isa, sizes, dtype, accurate):
+    batch, tokens, width, rows = sizes
+    x, weight = torch.randn(batch, tokens, width).to(dtype), torch.randn(batch, rows, width).to(dtype)
+    accurate("out", batched_linear(x, weight), oracle(x, weight))
+
+
+def test_takes_views_of_a_wider_tensor(isa, accurate):
+    x = torch.randn(5, 3, 48).transpose(0, 1)[..., 8:40]
+    weight = torch.randn(3, 28, 32)[:, 8:]
+    accurate("out", batched_linear(x, weight), oracle(x, weight))
+
+
+def test_a_token_has_the_bits_it_has_alone(isa):
+    x, weight = torch.randn(3, 11, 40), torch.randn(3, 24, 40)
+    together = batched_linear(x, weight)
+    for t in (0, 4, 10):
+        assert torch.equal(batched_linear(x[:, t : t + 1], weight)[:, 0], together[:, t])
+
+
+def test_opcheck_and_compile(native):
+    x, weight = torch.randn(2, 3, 16), torch.randn(2, 8, 16)
+    torch.library.opcheck(torch.ops.kimi.batched_linear.default, (x, weight))
+    compiled = torch.compile(lambda a, b: batched_linear(a, b) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight), batched_linear(x, weight) + 1)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"weight must be \[B, N, K\]"):
+        batched_linear(torch.randn(2, 1, 16), torch.randn(2, 8, 15))
+
+
+def test_forced_native_backend_says_what_it_cannot_do(native, monkeypatch):
+    monkeypatch.setenv("KIMI_KERNELS_BACKEND", "cpu")
+    with pytest.raises(BackendError, match="multiple of 4 outputs, got 7"):
+        batched_linear(torch.randn(2, 1, 16), torch.randn(2, 7, 16))
