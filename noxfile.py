@@ -86,7 +86,9 @@ def kernels(session: nox.Session) -> None:
         "huggingface_hub",
         "rich",
         "typer",
+        "einops",
     )
+    session.install("-q", "--no-deps", "fla-core==0.6.0")  # its plain-torch functions are a peer; they need no Triton
     install_project(session)
     run_tests(session, "tests/kernels", "tests/models", "tests/cli")
 
