@@ -19,7 +19,7 @@ void kda_forward(const KdaArgs* args) {
     Rows o = rows_of(args->o, span.batch, span.first, head, s.V);
     float* S = scratch.floats(size_t(s.Kp) * kPanel * (columns.end_panel - columns.first_panel));
     load_state(args->initial, state_of(args->initial, n, head), s, columns, S);
-    run_tiles(*args, in, s, span.length, columns, S, scratch, [&](int64_t t0, const Tile& tile) {
+    run_tiles(*args, in, s, span.length, columns, o, S, scratch, [&](int64_t t0, const Tile& tile) {
       for (int r = 0; r < tile.rows; ++r) store_columns(o, t0 + r, tile.o + r * s.Vp, columns.first, columns.end);
     });
     store_state(args->final, state_of(args->final, n, head), s, columns, S);

@@ -159,8 +159,11 @@ void kda_prefill(const KdaArgs* args, KdaLayer* layer) {
     }
     float* S = scratch.floats(size_t(s.Kp) * kPanel * (columns.end_panel - columns.first_panel));
     load_state(args->initial, initial, s, columns, S);
-    run_tiles(*args, in, s, span.length, columns, S, scratch, [&](int64_t t0, const Tile& tile) {
-      for (int r = 0; r < tile.rows; ++r) finish_row(t0 + r, tile.o + r * s.Vp);
+    run_tiles(*args, in, s, span.length, columns, out, S, scratch, [&](int64_t t0, const Tile& tile) {
+      for (int r = 0; r < tile.rows; ++r) {
+        if (t0 + kTile + r < span.length) prefetch_row(gate, t0 + kTile + r);
+        finish_row(t0 + r, tile.o + r * s.Vp);
+      }
     });
     store_state(args->final, final, s, columns, S);
   }
@@ -223,7 +226,7 @@ void decode_head(const KdaArgs& args, const HeadInputs& in, const TileShape& s, 
       std::memcpy(group + r * s.K, from + (row + r) * args.initial.stride_v, sizeof(float) * s.K);
     }
     for (int64_t t = 0; t < length; ++t) {
-      step_rows(steps[t], group, s.K, group, s.K, s.K, row);
+      step_rows(steps[t], group, s.K, group, s.K, s.K, row, nullptr);
       if (slots[t] < 0) continue;
       float* to = state_of(args.final, slots[t], head);
       for (int r = 0; r < count; ++r) {

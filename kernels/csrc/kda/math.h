@@ -78,7 +78,7 @@ KIMI_INLINE void store_upto(T* p, vf v, int n) {
   }
 }
 
-// ---- many sums at once: lane i of the result is the sum over the lanes of v[i] ----
+// ---- many reductions at once ----
 
 // Lanes of [a | b], cut into segments of kSegment: the lower (or upper) halves of all segments, in order.
 template <int kSegment, bool kUpper, int... I>
@@ -86,29 +86,35 @@ KIMI_INLINE vf segment_halves(vf a, vf b, std::integer_sequence<int, I...>) {
   constexpr int half = kSegment / 2;
   return __builtin_shufflevector(a, b, (I / half * kSegment + I % half + (kUpper ? half : 0))...);
 }
-template <int kSegment>
+struct Add {
+  KIMI_INLINE vf operator()(vf a, vf b) const { return a + b; }
+};
+struct Max {
+  KIMI_INLINE vf operator()(vf a, vf b) const { return vmax(a, b); }
+};
+template <int kSegment, class Op>
 KIMI_INLINE vf fold_segments(vf a, vf b) {
   constexpr std::make_integer_sequence<int, kLanes> lanes{};
-  return segment_halves<kSegment, false>(a, b, lanes) + segment_halves<kSegment, true>(a, b, lanes);
+  return Op()(segment_halves<kSegment, false>(a, b, lanes), segment_halves<kSegment, true>(a, b, lanes));
 }
-// v holds kCount vectors whose segments of kSegment lanes are partial sums; destroys v.
-template <int kCount, int kSegment>
+// v holds kCount vectors whose segments of kSegment lanes are partial results; destroys v.
+template <int kCount, int kSegment, class Op>
 KIMI_INLINE void fold_all(vf* v) {
   if constexpr (kSegment > 1) {
     constexpr int next = kCount > 1 ? kCount / 2 : 1;
 #pragma GCC unroll 16
     for (int i = 0; i < next; ++i) {
-      v[i] = kCount > 1 ? fold_segments<kSegment>(v[2 * i], v[2 * i + 1]) : fold_segments<kSegment>(v[0], v[0]);
+      v[i] = fold_segments<kSegment, Op>(v[kCount > 1 ? 2 * i : 0], v[kCount > 1 ? 2 * i + 1 : 0]);
     }
-    fold_all<next, kSegment / 2>(v);
+    fold_all<next, kSegment / 2, Op>(v);
   }
 }
-// Sums of the lanes of kCount <= kLanes vectors (a power of two) into out[kCount]; the order of additions of one sum
-// does not depend on its place.
-template <int kCount>
-KIMI_INLINE void sum_lanes(vf* v, float* out) {
+// Sums (or maxima) of the lanes of kCount <= kLanes vectors (a power of two) into out[kCount]; the order of operations
+// of one result does not depend on its place.
+template <int kCount, class Op = Add>
+KIMI_INLINE void fold_lanes(vf* v, float* out) {
   static_assert(kCount <= kLanes);
-  fold_all<kCount, kLanes>(v);
+  fold_all<kCount, kLanes, Op>(v);
   float t[kLanes];
   store(t, v[0]);
   for (int i = 0; i < kCount; ++i) out[i] = t[i];

@@ -60,6 +60,13 @@ KIMI_INLINE void prefetch_span(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 
+// Asks for row t, to be used some microseconds from now: into the second-level cache.
+KIMI_INLINE void prefetch_row(const Rows& rows, int64_t t) {
+  const char* p = static_cast<const char*>(rows.at(t));
+  const int64_t bytes = int64_t(rows.count) * (rows.is_bf16 ? 2 : 4);
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Asks for the row of the next head, which follows this one.
 KIMI_INLINE void prefetch_next(const Rows& rows) {
   const int64_t bytes = int64_t(rows.count) * (rows.is_bf16 ? 2 : 4);

@@ -10,12 +10,13 @@
 namespace kimi::KIMI_ISA {
 
 struct Step {
-  float *decay, *q, *k;  // [Kp]
-  float *v, *o;          // [Vp]
+  float *decay, *q, *k;            // [Kp]
+  float *decayed_q, *decayed_k;    // [Kp]: what a row is multiplied with before it decays
+  float *v, *o;                    // [Vp]
   float beta, qk;
 
   Step(const TileShape& s, Scratch& scratch) {
-    for (float** p : {&decay, &q, &k}) *p = scratch.floats(s.Kp);
+    for (float** p : {&decay, &q, &k, &decayed_q, &decayed_k}) *p = scratch.floats(s.Kp);
     for (float** p : {&v, &o}) *p = scratch.floats(s.Vp);
     std::memset(o, 0, sizeof(float) * s.Vp);  // step_rows leaves the padding alone
   }
@@ -49,50 +50,54 @@ inline void prepare_step(Step& step, const HeadInputs& in, const KdaArgs& args, 
     store(step.q + c, q);
     store(step.k + c, k);
     qk += q * k;
-    store(step.decay + c, vexp(in.gate(load(step.decay + c), c)));
+    vf decay = vexp(in.gate(load(step.decay + c), c));
+    store(step.decay + c, decay);
+    store(step.decayed_q + c, decay * q);
+    store(step.decayed_k + c, decay * k);
   }
   step.qk = hsum(qk);
 }
 
 constexpr int kStepRows = 4;
 
-// Bytes fetched ahead, line after line: the memory system follows one rising stream, not the rows of a group in turn.
-// Measured on Zen 4 with the state pool in memory (benchmarks/cpu_kda.py): 17 GB/s, against 11 without.
-constexpr int64_t kPrefetchBytes = 8192;
-
-KIMI_INLINE void prefetch_line(const float* p, int64_t line) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + line * kLineBytes, 1);
+// Reads one value of each line of the rows, line after line. The memory system's own prefetch follows one rising stream,
+// not the rows of a group in turn; software prefetch in this order was slower (Zen 4, state pool in memory).
+KIMI_INLINE void touch_rows(const float* from, int64_t row_stride, int K) {
+  constexpr int line = kLineBytes / sizeof(float);
+  for (int r = 0; r < kStepRows; ++r)
+    for (int c = 0; c < K; c += line) (void)*static_cast<const volatile float*>(from + r * row_stride + c);
 }
 
-// kStepRows rows of the state from `from` to `to` (which may be the same memory), and their outputs.
+// kStepRows rows of the state from `from` to `to` (which may be the same memory), and their outputs. `ahead`: the rows
+// that come next, or null.
 KIMI_INLINE void step_rows(const Step& step, const float* from, int64_t from_row, float* to, int64_t to_row, int K,
-                           int row) {
+                           int row, const float* ahead) {
   vf sums[2 * kStepRows];
 #pragma GCC unroll 8
   for (int i = 0; i < 2 * kStepRows; ++i) sums[i] = vf{};
   const int whole = K / kLanes * kLanes;
   for (int c = 0; c < whole; c += kLanes) {
-    vf a = load(step.decay + c), k = load(step.k + c), q = load(step.q + c);
+    vf k = load(step.decayed_k + c), q = load(step.decayed_q + c);
 #pragma GCC unroll 4
     for (int r = 0; r < kStepRows; ++r) {
-      prefetch_line(from, c / kLanes * kStepRows + r);
-      vf x = load(from + r * from_row + c) * a;
+      vf x = load(from + r * from_row + c);
       sums[r] += x * k;
       sums[kStepRows + r] += x * q;
     }
   }
   if (whole < K) {
-    vf a = load(step.decay + whole), k = load(step.k + whole), q = load(step.q + whole);
+    vf k = load(step.decayed_k + whole), q = load(step.decayed_q + whole);
 #pragma GCC unroll 4
     for (int r = 0; r < kStepRows; ++r) {
-      vf x = load_n(from + r * from_row + whole, K - whole) * a;
+      vf x = load_n(from + r * from_row + whole, K - whole);
       sums[r] += x * k;
       sums[kStepRows + r] += x * q;
     }
   }
+  if (ahead != nullptr) touch_rows(ahead, from_row, K);
   constexpr int together = 2 * kStepRows < kLanes ? 2 * kStepRows : kLanes;
   float products[2 * kStepRows], u[kStepRows];
-  for (int i = 0; i < 2 * kStepRows; i += together) sum_lanes<together>(sums + i, products + i);
+  for (int i = 0; i < 2 * kStepRows; i += together) fold_lanes<together>(sums + i, products + i);
   for (int r = 0; r < kStepRows; ++r) {
     u[r] = step.beta * (step.v[row + r] - products[r]);
     step.o[row + r] = products[kStepRows + r] + u[r] * step.qk;
@@ -115,12 +120,13 @@ inline void step_state(const Step& step, const float* from, int64_t from_row, fl
                        int first, int end) {
   int row = first;
   for (; row + kStepRows <= end; row += kStepRows) {
-    step_rows(step, from + row * from_row, from_row, to + row * to_row, to_row, K, row);
+    const float* ahead = row + 2 * kStepRows <= end ? from + (row + kStepRows) * from_row : nullptr;
+    step_rows(step, from + row * from_row, from_row, to + row * to_row, to_row, K, row, ahead);
   }
   if (row == end) return;
   alignas(64) float group[kStepRows * kMaxHead] = {};
   for (int r = 0; row + r < end; ++r) std::memcpy(group + r * K, from + (row + r) * from_row, sizeof(float) * K);
-  step_rows(step, group, K, group, K, K, row);
+  step_rows(step, group, K, group, K, K, row, nullptr);
   for (int r = 0; row + r < end; ++r) std::memcpy(to + (row + r) * to_row, group + r * K, sizeof(float) * K);
 }
 

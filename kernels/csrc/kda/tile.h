@@ -69,39 +69,51 @@ struct Tile {
   }
 };
 
-// Gates of up to `available` tokens from t0: fills log_decay and grow, decides how many rows the tile has.
+// Rows whose range is checked at once: the sums behind the end of a tile are thrown away.
+constexpr int kCheckRows = 4;
+
+// Gates of up to `available` tokens from t0: fills log_decay, grow and decay, decides how many rows the tile has.
 inline void tile_decay(Tile& tile, const HeadInputs& in, const TileShape& s, int64_t t0, int available) {
-  float* sum = tile.decay;  // running sum; replaced by e^G_last at the end
-  std::memset(sum, 0, sizeof(float) * s.Kp);
   tile.rows = 0;
   tile.alone = false;
-  for (int r = 0; r < available; ++r) {
-    float* g = tile.log_decay + r * s.Kp;
-    float* next = tile.grow + r * s.Kp;
-    load_row(in.g, t0 + r, g, s.Kp);
-    vf low{}, high{};
-    for (int c = 0; c < s.Kp; c += kLanes) {
-      vf x = in.gate(load(g + c), c);
-      if (s.K - c < kLanes) {
-        float kept[kLanes] = {};
-        store_n(kept, x, s.K > c ? s.K - c : 0);
-        x = load(kept);
+  const float* sum = nullptr;
+  while (tile.rows < available) {
+    const int count = available - tile.rows < kCheckRows ? available - tile.rows : kCheckRows;
+    vf lowest[kCheckRows] = {}, highest[kCheckRows] = {};
+    for (int r = 0; r < count; ++r) {
+      float* g = tile.log_decay + (tile.rows + r) * s.Kp;
+      float* next = tile.grow + (tile.rows + r) * s.Kp;
+      load_row(in.g, t0 + tile.rows + r, g, s.Kp);
+      for (int c = 0; c < s.Kp; c += kLanes) {
+        vf x = in.gate(load(g + c), c);
+        if (s.K - c < kLanes) {  // the gate of padding is not 0
+          float kept[kLanes] = {};
+          store_n(kept, x, s.K > c ? s.K - c : 0);
+          x = load(kept);
+        }
+        store(g + c, x);
+        vf total = sum == nullptr ? x : load(sum + c) + x;
+        store(next + c, total);
+        lowest[r] = vmax(lowest[r], -total);
+        highest[r] = vmax(highest[r], total);
       }
-      store(g + c, x);
-      vf total = load(sum + c) + x;
-      store(next + c, total);
-      low = vmin(low, total);
-      high = vmax(high, total);
+      sum = next;
     }
-    bool outside = hmax(-low) >= kSpan || hmax(high) > kGrowth;
-    if (outside && r > 0) break;
-    std::memcpy(sum, next, sizeof(float) * s.Kp);
-    for (int c = 0; c < s.Kp; c += kLanes) store(next + c, exp_shifted(load(next + c), kShift, kSpan));
-    tile.rows = r + 1;
-    if (outside) {
+    float low[kCheckRows], high[kCheckRows];
+    fold_lanes<kCheckRows, Max>(lowest, low);
+    fold_lanes<kCheckRows, Max>(highest, high);
+    int inside = 0;
+    while (inside < count && low[inside] < kSpan && high[inside] <= kGrowth) ++inside;
+    tile.rows += inside;
+    if (inside == count) continue;
+    if (tile.rows == 0) {
+      tile.rows = 1;
       tile.alone = true;
-      break;
     }
+    break;
+  }
+  for (int i = 0; i < tile.rows * s.Kp; i += kLanes) {
+    store(tile.grow + i, exp_shifted(load(tile.grow + i), kShift, kSpan));
   }
   const float* last = tile.grow + (tile.rows - 1) * s.Kp;
   for (int c = 0; c < s.Kp; c += kLanes) store(tile.decay + c, load(last + c) * kUnshift);
@@ -120,7 +132,7 @@ KIMI_INLINE void load_tile_rows(const Rows& rows, const ConvRows& conv, int64_t 
 inline void reciprocal_norms(const float* x, int Kp, float* out) {
   vf sums[kTile];
   for (int r = 0; r < kTile; ++r) sums[r] = squares(x + r * Kp, Kp);
-  for (int r = 0; r < kTile; r += kLanes) sum_lanes<kLanes>(sums + r, out + r);
+  for (int r = 0; r < kTile; r += kLanes) fold_lanes<kLanes>(sums + r, out + r);
   for (int r = 0; r < kTile; ++r) out[r] = 1.0f / std::sqrt(out[r] + kL2NormEps);
 }
 
@@ -271,8 +283,9 @@ inline void panel_solve(Tile& tile, const TileShape& s, const float* S, int pane
   }
 }
 
-// S = e^G_last S + k^^T u on one panel.
-inline void panel_update(const Tile& tile, const TileShape& s, float* S, int panel) {
+// S = e^G_last S + k^^T u on one panel. kDepth: the rows of the tile where known, so that the loop over them unrolls.
+template <int kDepth>
+inline void panel_update_rows(const Tile& tile, const TileShape& s, float* S, int panel) {
   for (int k0 = 0; k0 < s.Kp; k0 += kRows) {
     vf acc[kRows][kPanelVecs];
 #pragma GCC unroll 16
@@ -281,11 +294,20 @@ inline void panel_update(const Tile& tile, const TileShape& s, float* S, int pan
       for (int n = 0; n < kPanelVecs; ++n) {
         acc[r][n] = load(S + (k0 + r) * kPanel + n * kLanes) * splat(tile.decay[k0 + r]);
       }
-    multiply_add(acc, tile.k_left + k0, 1, s.Kp, tile.u + panel * kPanel, s.Vp, tile.rows);
+    const int depth = kDepth > 0 ? kDepth : tile.rows;
+    multiply_add(acc, tile.k_left + k0, 1, s.Kp, tile.u + panel * kPanel, s.Vp, depth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int n = 0; n < kPanelVecs; ++n) store(S + (k0 + r) * kPanel + n * kLanes, acc[r][n]);
+  }
+}
+
+inline void panel_update(const Tile& tile, const TileShape& s, float* S, int panel) {
+  if (tile.rows == kTile) {
+    panel_update_rows<kTile>(tile, s, S, panel);
+  } else {
+    panel_update_rows<0>(tile, s, S, panel);
   }
 }
 

@@ -36,10 +36,12 @@ def _float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
-def _int(x: Tensor | None) -> Tensor | None:
-    return (
-        x if x is None or (x.dtype == torch.int32 and x.is_contiguous()) else x.to(torch.int32).contiguous()
-    )
+def _int(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
+
+
+def _optional_int(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _int(x)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -72,7 +74,8 @@ def _call(
     conv_weight = conv_weight if conv_weight.is_contiguous() else conv_weight.contiguous()
     A_log, norm_weight = _float(A_log), _float(norm_weight)
     dt_bias = None if dt_bias is None else _float(dt_bias)
-    state_indices, cu_seqlens, num_accepted = _int(state_indices), _int(cu_seqlens), _int(num_accepted)
+    state_indices = _int(state_indices)
+    cu_seqlens, num_accepted = _optional_int(cu_seqlens), _optional_int(num_accepted)
     has_initial = None if has_initial is None else has_initial.to(torch.bool).contiguous()
 
     code, row, size = codes[qkv.dtype], qkv.stride(0), qkv.element_size()
