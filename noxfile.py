@@ -98,4 +98,5 @@ def vllm(session: nox.Session) -> None:
     """A real vLLM on the CPU with our plugin: parity, invariance, a server end to end."""
     install_vllm(session)
     session.install("-q", *TEST_TOOLS)
+    session.install("-q", "--no-deps", "arctic-inference==0.1.1")  # vLLM's suffix drafter, for its test
     run_tests(session, "tests/vllm")
