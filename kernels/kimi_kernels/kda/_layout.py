@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 
 _p, _i, _f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -49,3 +50,17 @@ class KdaLayer(ctypes.Structure):
         *((name, _p) for name in ("has_initial", "num_accepted", "cu_seqlens")),
         *((name, _i) for name in ("slots", "problem", "problem_at")),
     ]
+
+
+def packer(structure: type[ctypes.Structure]) -> struct.Struct:
+    """Packs the fields of `structure`, those of nested structures in their place; a null pointer is 0.
+
+    Several times faster than filling the structure, which counts in a call per layer and token.
+    """
+
+    def codes(kind: type) -> str:
+        if issubclass(kind, ctypes.Structure):
+            return "".join(codes(field[1]) for field in kind._fields_)
+        return "d" if kind is _f else "q"
+
+    return struct.Struct(codes(structure))

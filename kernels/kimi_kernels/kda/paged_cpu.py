@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import _native, dispatch
-from ._layout import KdaArgs, KdaLayer, States, Tokens
+from ._layout import KdaArgs, KdaLayer, packer
 from .cpu import _GATE_LOWER_BOUND, _GATE_SOFTPLUS, MAX_HEAD
 from .paged_reference import LayerOptions
 from .validation import layer_problem
 
+_ARGS, _LAYER = packer(KdaArgs), packer(KdaLayer)
 MAX_CONV_WIDTH = 8  # csrc/kda/conv.h: kMaxConvWidth
 
 
@@ -82,53 +83,48 @@ def _call(
     address = qkv.data_ptr()
     k_address = address + heads * width * size
     v_address = k_address + heads * width * size
-    pool = States(state.data_ptr(), state.stride(0), state.stride(1), 1, state.stride(2))
-    args = KdaArgs(
-        Tokens(address, code, 0, row, width),
-        Tokens(k_address, code, 0, row, width),
-        Tokens(v_address, code, 0, row, value_width),
-        Tokens(g.data_ptr(), codes[g.dtype], 0, g.stride(0), g.stride(1)),
-        Tokens(beta.data_ptr(), codes[beta.dtype], 0, beta.stride(0), beta.stride(1)),
-        Tokens(out.data_ptr(), codes[out.dtype], 0, out.stride(0), value_width),
-        pool,
-        pool,
-        None,
+    slot_stride, head_stride, value_stride, _ = state.stride()
+    pool = (state.data_ptr(), slot_stride, head_stride, 1, value_stride)
+    g_strides, beta_strides, gate_strides = g.stride(), beta.stride(), gate.stride()
+    # In the order of KdaArgs and KdaLayer: a tensor is address, dtype, strides of batch, token and head.
+    args = _ARGS.pack(
+        *(address, code, 0, row, width),
+        *(k_address, code, 0, row, width),
+        *(v_address, code, 0, row, value_width),
+        *(g.data_ptr(), codes[g.dtype], 0, g_strides[0], g_strides[1]),
+        *(beta.data_ptr(), codes[beta.dtype], 0, beta_strides[0], beta_strides[1]),
+        *(out.data_ptr(), codes[out.dtype], 0, out.stride(0), value_width),
+        *pool,
+        *pool,
+        0,  # the offsets are in the layer
         A_log.data_ptr(),
-        None if dt_bias is None else dt_bias.data_ptr(),
-        state_indices.shape[0],
-        qkv.shape[0],
-        heads,
-        value_heads,
-        width,
-        value_width,
-        1,
+        0 if dt_bias is None else dt_bias.data_ptr(),
+        *(state_indices.shape[0], qkv.shape[0], heads, value_heads, width, value_width),
+        1,  # L2 norm
         _GATE_SOFTPLUS if options.lower_bound is None else _GATE_LOWER_BOUND,
-        1,
+        1,  # sigmoid of beta
         torch.get_num_threads(),
-        options.scale,
-        options.lower_bound or 0.0,
-        1.0,
+        *(options.scale, options.lower_bound or 0.0, 1.0),
     )
-    layer = KdaLayer(
-        conv_weight.data_ptr(),
-        codes[conv_weight.dtype],
-        conv_weight.shape[1],
-        conv_state.data_ptr(),
-        codes[conv_state.dtype],
-        *conv_state.stride(),
-        Tokens(gate.data_ptr(), codes[gate.dtype], 0, gate.stride(0), gate.stride(1)),
-        norm_weight.data_ptr(),
-        options.norm_eps,
+    layer = ctypes.create_string_buffer(_LAYER.size)
+    _LAYER.pack_into(
+        layer,
+        0,
+        *(conv_weight.data_ptr(), codes[conv_weight.dtype], conv_weight.shape[1]),
+        *(conv_state.data_ptr(), codes[conv_state.dtype], *conv_state.stride()),
+        *(gate.data_ptr(), codes[gate.dtype], 0, gate_strides[0], gate_strides[1]),
+        *(norm_weight.data_ptr(), options.norm_eps),
         state_indices.data_ptr(),
         1 if state_indices.dim() == 1 else state_indices.shape[1],
-        None if has_initial is None else has_initial.data_ptr(),
-        None if num_accepted is None else num_accepted.data_ptr(),
-        None if cu_seqlens is None else cu_seqlens.data_ptr(),
-        slots,
+        0 if has_initial is None else has_initial.data_ptr(),
+        0 if num_accepted is None else num_accepted.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        *(slots, 0, 0),
     )
-    _native.kernel(kernel, "pp")(ctypes.addressof(args), ctypes.addressof(layer))
-    if layer.problem:
-        raise layer_problem(layer.problem, layer.problem_at, slots, qkv.shape[0])
+    _native.kernel(kernel, "pp")(args, layer)
+    problem, at = _LAYER.unpack(layer)[-2:]
+    if problem:
+        raise layer_problem(problem, at, slots, qkv.shape[0])
 
 
 @dispatch.register("kda_prefill", "cpu", _refuses)
