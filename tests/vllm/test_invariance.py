@@ -41,7 +41,7 @@ def test_batch_and_second_run(engine: Any, model: Path, alone: dict[str, Any], p
     assert mixed["tokens"] == [alone["tokens"][i] for i in order]
 
 
-@pytest.mark.parametrize("chunk", [32, 48, 96])
+@pytest.mark.parametrize("chunk", [33, 96])
 def test_prefill_chunk(
     engine: Any, model: Path, alone: dict[str, Any], prompts: list[list[int]], chunk: int
 ) -> None:
@@ -94,7 +94,10 @@ def repetitive() -> list[list[int]]:
 def test_speculative_decoding(
     engine: Any, new_host: Callable[..., Any], model: Path, method: str
 ) -> None:
-    """Rejected drafts leave no trace in conv histories or KDA states; also with preemption and cut prompts."""
+    """Rejected drafts leave no trace in conv histories or KDA states; also with preemption and cut prompts.
+
+    One prompt of one token starts beside running requests: vLLM pads it with empty drafts.
+    """
     if method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
         pytest.skip("vLLM's suffix drafter needs the package arctic-inference")
     prompts = repetitive()

@@ -187,7 +187,12 @@ BAD_ENGINES: list[tuple[str, Any, dict[str, Any], str]] = [
     ("head size", odd_head, {}, "linear_attn_config.head_dim must be a multiple of 16 up to 256, got 20"),
     ("context", None, {"max_model_len": 9999}, "max_model_len (9999) is greater than the derived max_model_len"),
     ("tensor parallel", None, {"tensor_parallel_size": 3}, "tensor_parallel_size is 3, which does not divide"),
-    ("drafter", None, {"speculative_config": {"method": "eagle", "model": "x", "num_speculative_tokens": 2}}, ""),
+    (
+        "drafter",
+        None,
+        {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+        "speculative method is 'ngram_gpu': with Kimi Linear our class takes ngram and suffix",
+    ),
     ("cache dtype", None, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype is 'fp8"),
     ("expert parallel", None, {"enable_expert_parallel": True}, "enable_expert_parallel is set"),
     ("option", None, {"additional_config": {"kimi_stack": {"model": "mine"}}}, "must be one of auto, ours, upstream"),
