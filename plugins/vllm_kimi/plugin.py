@@ -24,13 +24,12 @@ def register() -> None:
             f"kimi-stack does not fit this vLLM and registers nothing:\n  {lines}\n"
             f"Install vLLM {compat.supported()}, or leave the plugin out with VLLM_PLUGINS=''."
         )
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
 
     from vllm_kimi import settings
 
     choice = choose_model(current_platform.device_type, os.environ.get(ENVIRONMENT))
     settings.register_class(choice)
-    MODELS_CONFIG_MAP[settings.ARCHITECTURE] = settings.settings_class()
+    settings.install()
     if not redirect.install():
         logger.info("%s is set: the short name moonshotai/Kimi-Linear is left to it", redirect.ENVIRONMENT)

@@ -60,20 +60,29 @@ def register_class(choice: Choice) -> None:
         ModelRegistry.models[ARCHITECTURE] = _upstream[ARCHITECTURE]
 
 
-def settings_class() -> type:
-    """The hook class vLLM calls; made here because its base can only be imported where vLLM runs."""
-    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+def install() -> None:
+    """Put our hook into vLLM's table, in front of one that is there; calling it again is fine."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    class KimiLinearSettings(VerifyAndUpdateConfig):
+    before: Any = MODELS_CONFIG_MAP.get(ARCHITECTURE, VerifyAndUpdateConfig)
+    if before.__module__ == __name__:
+        return
+
+    class KimiLinearSettings(before):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            apply(vllm_config)
+            if apply(vllm_config) == "upstream":
+                before.verify_and_update_config(vllm_config)
 
-    return KimiLinearSettings
+    MODELS_CONFIG_MAP[ARCHITECTURE] = KimiLinearSettings
 
 
-def apply(vllm_config: Any) -> None:
-    """Settle one engine's configuration, in place. Raises ValueError naming what cannot run and the fix."""
+def apply(vllm_config: Any) -> Choice:
+    """Settle one engine's configuration, in place, and return whose class serves it.
+
+    Raises:
+        ValueError: what was asked for cannot run; the message names it and the fix.
+    """
     from vllm.platforms import current_platform
 
     option = read_option(vllm_config.additional_config)
@@ -84,13 +93,14 @@ def apply(vllm_config: Any) -> None:
         os.environ[ENVIRONMENT] = choice
         register_class(choice)
     if choice == "upstream":
-        return
+        return choice
     config = kimi_config(vllm_config.model_config)
     refuse(vllm_config, config)
     _run_eager(vllm_config, device)
     _own_attention(vllm_config, config)
     if vllm_config.speculative_config is not None and vllm_config.cache_config.enable_prefix_caching:
         _speculate_without_prefix_cache(vllm_config)
+    return choice
 
 
 def refuse(vllm_config: Any, config: KimiLinearConfig) -> None:

@@ -42,6 +42,35 @@ def test_rule_refuses_what_it_does_not_know() -> None:
         choose_model("cuda", "upstream", "ours")
 
 
+def test_a_gpu_keeps_upstreams_class_until_ours_is_asked_for() -> None:
+    program = """
+from types import SimpleNamespace
+from vllm.platforms import current_platform
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.registry import ModelRegistry
+type(current_platform).device_type = "cuda"
+name = "KimiLinearForCausalLM"
+whose = lambda: ModelRegistry.models[name].module_name
+upstream = ModelRegistry.models[name]
+from vllm_kimi import plugin, settings
+plugin.register(); plugin.register()
+assert ModelRegistry.models[name] is upstream, whose()
+untouched = SimpleNamespace(additional_config={})
+MODELS_CONFIG_MAP[name].verify_and_update_config(untouched)
+assert vars(untouched) == {"additional_config": {}} and ModelRegistry.models[name] is upstream
+settings.kimi_config = lambda model_config: 1 / 0
+try:
+    asked = SimpleNamespace(additional_config={"kimi_stack": {"model": "ours"}}, model_config=None)
+    MODELS_CONFIG_MAP[name].verify_and_update_config(asked)
+except ZeroDivisionError:
+    assert whose() == "vllm_kimi.model"
+    settings.register_class("upstream")
+    print("RESULT", ModelRegistry.models[name] is upstream)
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "RESULT True" in out.stdout, out.stderr[-3000:]
+
+
 def test_option() -> None:
     assert read_option({"kimi_stack": {"model": "ours"}, "other": 1}) == "ours"
     assert read_option({}) is None
