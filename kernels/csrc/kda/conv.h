@@ -31,7 +31,9 @@ inline void conv_silu(const ConvRows& conv, const Rows& x, int64_t t0, int count
   for (int c = 0; c < padded; c += kLanes) {
     for (int r = 0; r < count; ++r) {
       vf sum{};
-      for (int w = 0; w < conv.width; ++w) sum += load(conv.weight + w * padded + c) * load(inputs + (r + w) * padded + c);
+      for (int w = 0; w < conv.width; ++w) {
+        sum += load(conv.weight + w * padded + c) * load(inputs + (r + w) * padded + c);
+      }
       store(to + r * padded + c, sum * vsigmoid(sum));
     }
   }

@@ -108,7 +108,8 @@ struct LayerChannels {
 };
 
 // Output row of one token and head: RMSNorm over its channels, times the sigmoid of the gate.
-inline void gated_norm(const KdaLayer& layer, const float* o, const Rows& gate, int64_t t, const TileShape& s, Rows& out) {
+inline void gated_norm(const KdaLayer& layer, const float* o, const Rows& gate, int64_t t, const TileShape& s,
+                       Rows& out) {
   alignas(64) float row[kMaxHead + kPanel], gates[kMaxHead + kPanel];
   float mean = hsum(squares(o, s.Vp)) / float(s.V);
   float factor = 1.0f / std::sqrt(mean + float(layer.norm_eps));

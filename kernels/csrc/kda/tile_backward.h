@@ -41,7 +41,8 @@ inline void transpose_panels(const float* from, int rows, int columns, float* to
 
 // out[i][j] = sign <left_i, u_j> on the lower triangle (with the diagonal or not), 0 elsewhere.
 template <bool kDiagonal>
-inline void triangle_products(const float* left, const float* u_t, float sign, int rows, const TileShape& s, float* out) {
+inline void triangle_products(const float* left, const float* u_t, float sign, int rows, const TileShape& s,
+                              float* out) {
   constexpr int columns = kTile < kPanel ? kTile : kPanel;
   constexpr int vecs = columns / kLanes;
   for (int c0 = 0; c0 < kTile; c0 += columns) {
