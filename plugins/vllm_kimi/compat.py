@@ -51,6 +51,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.config.model_arch:ModelArchitectureConfig.is_deepseek_mla", (), "our own attention"),
     Hook("vllm.config.model_arch:ModelArchitectureConfig.total_num_kv_heads", (), "our own attention"),
     Hook("vllm.config.model_arch:ModelArchitectureConfig.head_size", (), "our own attention"),
+    Hook("vllm.config.model:ModelConfig.is_hybrid", (), "a model without KDA layers"),
     Hook("vllm.config.speculative:SpeculativeConfig.method", (), "speculative decoding"),
     Hook("vllm.config.parallel:ParallelConfig.enable_expert_parallel", (), "refusing expert parallelism"),
     # the short name

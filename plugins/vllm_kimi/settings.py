@@ -169,6 +169,9 @@ def _own_attention(vllm_config: Any, config: KimiLinearConfig) -> None:
     arch.is_deepseek_mla = False
     arch.total_num_kv_heads = 1
     arch.head_size = config.latent_dim
+    if not config.linear_attn_config.kda_layers:
+        # A hybrid class whose layers all keep a plain cache: vLLM goes by this list (ModelConfig.is_hybrid).
+        vllm_config.model_config.hf_config.layer_types = ["full_attention"] * config.num_hidden_layers
 
 
 def _speculate_without_prefix_cache(vllm_config: Any) -> None:

@@ -173,6 +173,18 @@ def test_attention_residuals_equal_the_reference(
     assert_same(folder, answer["rounds"][0], prompts, reference(folder))
 
 
+def test_a_model_without_kda_layers(
+    engine: Any, checkpoint: Callable[..., Path], reference: Callable[[Path], Any], prompts: list[list[int]]
+) -> None:
+    """Every layer MLA: the class is hybrid, the model is not; long prompts come in pieces, and come twice."""
+    folder = checkpoint(layers=2, kda_layers=[], full_attn_layers=[1, 2])
+    few = prompts[::4]
+    answer = engine(folder, few, few, tokens=16, max_num_batched_tokens=48)
+    assert "error" not in answer, answer.get("traceback")
+    for round_ in answer["rounds"]:
+        assert_same(folder, round_, few, reference(folder))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_configs_equal_the_reference(
     engine: Any,
