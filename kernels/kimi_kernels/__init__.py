@@ -21,6 +21,8 @@ _MODULE_OF = {
     "moe_experts": "moe",
     "moe_route": "moe",
     "batched_linear": "linear",
+    "newton_schulz": "muon",
+    "qk_max_logits": "max_logit",
     "backend_report": "dispatch",
     "BackendError": "dispatch",
     "NativeLibraryError": "_native",

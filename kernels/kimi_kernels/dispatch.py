@@ -44,6 +44,7 @@ class BackendChoice(NamedTuple):
 class _Implementation(NamedTuple):
     function: Callable[..., Any]
     refuses: Callable[..., str | None]
+    native: bool
 
 
 _registry: dict[str, dict[str, _Implementation]] = {}
@@ -55,17 +56,18 @@ def _never_refuses(*_: Any) -> str | None:
 
 
 def register(
-    op: str, backend: str, refuses: Callable[..., str | None] = _never_refuses
+    op: str, backend: str, refuses: Callable[..., str | None] = _never_refuses, *, native: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function is `backend`'s implementation of `op`.
 
-    `refuses` gets the arguments of the call and returns None, or the reason why it cannot run them.
+    `refuses` gets the arguments of the call and returns None, or the reason why it cannot run them. `native`:
+    a cpu implementation calls the native library; False where torch's own products are the fast path.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        _registry.setdefault(op, {})[backend] = _Implementation(function, refuses)
+        _registry.setdefault(op, {})[backend] = _Implementation(function, refuses, native)
         return function
 
     return decorate
@@ -75,7 +77,7 @@ def _unavailable(op: str, backend: str) -> str | None:
     """Why `backend` cannot run `op` at all on this machine, whatever the input."""
     if backend not in _registry[op]:
         return f"no {backend} implementation of {op}"
-    if backend == "cpu":
+    if backend == "cpu" and _registry[op][backend].native:
         return _native.unavailable()
     return None
 
@@ -137,7 +139,10 @@ def backend_report() -> list[BackendChoice]:
             for backend in candidates:
                 reason = _unavailable(op, backend)
                 if reason is None:
-                    detail = f"{_native.library_path().name}, {_native.isa()}" if backend == "cpu" else ""
+                    detail = ""
+                    if backend == "cpu":
+                        native = _registry[op][backend].native
+                        detail = f"{_native.library_path().name}, {_native.isa()}" if native else "torch"
                     why = "forced by KIMI_KERNELS_BACKEND" if forced else skipped or "preferred"
                     rows.append(BackendChoice(op, device, backend, ", ".join(filter(None, (why, detail)))))
                     break
