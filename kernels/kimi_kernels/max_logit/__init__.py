@@ -49,7 +49,9 @@ def _validate(
     if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
         raise ValueError(f"the {q.shape[2]} heads of q must be a multiple of k's heads, got {k.shape[2]}")
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        raise ValueError("pass cu_seqlens_q and cu_seqlens_k together: both sides of a packed batch have offsets")
+        raise ValueError(
+            "pass cu_seqlens_q and cu_seqlens_k together: both sides of a packed batch have offsets"
+        )
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         if q.shape[0] != 1:
             raise ValueError(f"with cu_seqlens the batch must be packed into one row, got B={q.shape[0]}")
