@@ -6,7 +6,6 @@ parameter as one tensor-parallel rank holds it, and `Split.gather_axis` says how
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -85,7 +84,7 @@ class Split:
                     _share(s.size, tp_size, f"section {s.name!r}"),
                     _share(s.heads, tp_size, f"heads of section {s.name!r}")
                     if whole_heads
-                    else s.heads // math.gcd(s.heads, tp_size),
+                    else (s.heads // tp_size if s.heads % tp_size == 0 else 1),
                 )
                 for s in self.sections
             ),
