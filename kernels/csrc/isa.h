@@ -1,9 +1,9 @@
-// One source, several instruction sets: every file in isa/ is compiled once per KIMI_ISA (generic, avx2, avx512)
+// One source, several instruction sets: every file in isa/ is compiled once per KIMI_ISA (generic, avx2, avx512, avx512bf16)
 // and registers its entry points here. Nothing runs at load time; abi.cpp looks the table up by name.
 #pragma once
 
 #ifndef KIMI_ISA
-#error "isa.h is for the files compiled once per instruction set: compile with -DKIMI_ISA=generic|avx2|avx512"
+#error "isa.h is for the files compiled once per instruction set: compile with -DKIMI_ISA=generic|avx2|avx512|avx512bf16"
 #endif
 
 #include "kernel_table.h"

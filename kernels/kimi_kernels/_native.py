@@ -2,7 +2,7 @@
 
 Nothing is loaded at import. Without the library everything still imports, and the reference backend runs.
 
-Environment: `KIMI_KERNELS_LIBRARY` names the library file; `KIMI_KERNELS_ISA=generic|avx2|avx512` forces one
+Environment: `KIMI_KERNELS_LIBRARY` names the library file; `KIMI_KERNELS_ISA=generic|avx2|avx512|avx512bf16` forces one
 instruction set (by default the best that this CPU runs). Both are read when the library is first needed.
 """
 
@@ -19,7 +19,7 @@ import torch  # first: its OpenMP runtime must be in the process before the libr
 
 ABI_VERSION = 1
 FILE_NAME = "libkimi_kernels_cpu.so"
-ISAS = ("avx512", "avx2", "generic")  # best first
+ISAS = ("avx512bf16", "avx512", "avx2", "generic")  # best first
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 # A parallel region costs a few microseconds, in which one core does about this many fused multiply-adds.
@@ -144,7 +144,7 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "generic"."""
+    """The instruction set in use, one of ISAS."""
     return _library().isa
 
 

@@ -43,11 +43,15 @@ def _error(actual: Tensor, exact: Tensor) -> float:
     return (actual.double() - exact).norm().item()
 
 
-def assert_accurate(name: str, actual: Tensor, exact: Tensor) -> None:
-    """`actual` is as near to the float64 result as its dtype allows."""
+def assert_accurate(name: str, actual: Tensor, exact: Tensor, roundings: int = 1) -> None:
+    """`actual` is as near to the float64 result as its dtype allows.
+
+    `roundings`: to bfloat16 on the way, the last one included; independent ones add like their squares.
+    """
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(exact.shape)}"
     if actual.dtype == torch.bfloat16:
-        limit = BFLOAT16_MARGIN * _error(exact.bfloat16(), exact) + FLOAT32_ERROR * exact.norm().item()
+        rounding = roundings**0.5 * _error(exact.bfloat16(), exact)
+        limit = BFLOAT16_MARGIN * rounding + FLOAT32_ERROR * exact.norm().item()
     else:
         limit = FLOAT32_ERROR * exact.norm().item() + 1e-30
     assert _error(actual, exact) <= limit, f"{name}: error {_error(actual, exact):.2e}, limit {limit:.2e}"

@@ -29,78 +29,64 @@ struct Groups {
   int64_t actives, most;
 };
 
-// Copy `rows` rows of w as fp32, followed by zero rows up to a whole column block.
-template <class W>
-const float* widen(const W* w, int64_t rows, int64_t K, float* wide) {
-  const int64_t filled = (rows + kColBlock - 1) / kColBlock * kColBlock;
-  for (int64_t r = 0; r < filled; ++r) {
-    for (int64_t k = 0; k < K; k += kLanes) {
-      const int m = K - k < kLanes ? int(K - k) : kLanes;
-      store_n(wide + r * K + k, r < rows ? load_n(w + r * K + k, m) : vf{}, m);
-    }
+// Rows of weights as the products read them: where many tokens share bf16 rows that this CPU cannot multiply as they
+// are, they are widened once for all of those tokens.
+template <class T>
+void product(const Left<T>* a, int64_t R, const T* w, int64_t rows, int64_t K, const float* wide, float* sums) {
+  if constexpr (std::is_same_v<Left<T>, float>) {
+    if (wide) return dots(a, K, R, wide, K, rows, K, sums, kBlock);
+  }
+  dots(a, K, R, w, K, rows, K, sums, kBlock);
+}
+
+template <class T>
+const float* widened(const T* w, int64_t rows, int64_t K, int64_t tokens, float* wide) {
+  if (std::is_same_v<Left<T>, T> || tokens <= kWidenAbove) return nullptr;
+  for (int64_t i = 0; i < rows * K; i += kLanes) {
+    const int m = rows * K - i < kLanes ? int(rows * K - i) : kLanes;
+    store_n(wide + i, load_n(w + i, m), m);
   }
   return wide;
-}
-
-// sums[r, n] = <a row r, w row n> for R rows of a and `rows` <= kBlock rows of w.
-template <class W>
-void product(const float* a, int64_t R, const W* w, int64_t rows, int64_t K, const float* wide, float* sums) {
-  const int64_t filled = (rows + kColBlock - 1) / kColBlock * kColBlock;
-  if (wide) {
-    dots(a, K, R, wide, K, filled, K, sums, kBlock);
-  } else {
-    dots(a, K, R, w, K, filled, K, sums, kBlock);
-  }
-}
-
-// Should these rows be copied before use? Short blocks must be, bf16 rows may be worth it.
-template <class W>
-bool worth_widening(int64_t rows, int64_t tokens) {
-  return rows % kColBlock != 0 || (sizeof(W) == 2 && tokens > kWidenAbove);
 }
 
 template <class T>
 void experts(const T* x, const T* w13, const T* w2, const Groups& g, T* out, int64_t tokens, int64_t E, int64_t D,
              int64_t I, int threads) {
+  using L = Left<T>;
   const int64_t pairs = g.start[E];
-  float* wide_x = aligned_floats(tokens * D);
-  float* hidden = aligned_floats(pairs * I);
+  float* copies = aligned_floats(tokens * D + pairs * I);
+  L* hidden = reinterpret_cast<L*>(copies + tokens * D);
+  int64_t ld = 0;
+  const L* rows_x = left_rows(x, D, tokens, D, reinterpret_cast<L*>(copies), &ld);
   const int64_t up_blocks = (I + kBlock - 1) / kBlock, down_blocks = (D + kBlock - 1) / kBlock;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t longest = (D > I ? D : I);
     float* rows_a = aligned_floats(2 * kBlock * longest + g.most * longest + 2 * kRowTile * kBlock + tokens * kBlock);
-    float *rows_b = rows_a + kBlock * longest, *gathered = rows_b + kBlock * longest;
-    float *sums_a = gathered + g.most * longest, *sums_b = sums_a + kRowTile * kBlock;
+    float* rows_b = rows_a + kBlock * longest;
+    L* gathered = reinterpret_cast<L*>(rows_b + kBlock * longest);
+    float *sums_a = rows_b + kBlock * longest + g.most * longest, *sums_b = sums_a + kRowTile * kBlock;
     float* total = sums_b + kRowTile * kBlock;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t d = 0; d < D; d += kLanes) {
-        const int m = D - d < kLanes ? int(D - d) : kLanes;
-        store_n(wide_x + t * D + d, load_n(x + t * D + d, m), m);
-      }
-    }
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < g.actives * up_blocks; ++item) {
       const int64_t e = g.active[item / up_blocks], first = item % up_blocks * kBlock;
       const int64_t rows = I - first < kBlock ? I - first : kBlock;
       const int64_t begin = g.start[e], count = g.start[e + 1] - begin;
       const T *gate = w13 + (e * 2 * I + first) * D, *up = gate + I * D;
-      const bool wide = worth_widening<T>(rows, count);
-      const float* wide_gate = wide ? widen(gate, rows, D, rows_a) : nullptr;
-      const float* wide_up = wide ? widen(up, rows, D, rows_b) : nullptr;
+      const float* wide_gate = widened(gate, rows, D, count, rows_a);
+      const float* wide_up = widened(up, rows, D, count, rows_b);
       for (int64_t r0 = 0; r0 < count; r0 += kRowTile) {
         const int64_t R = count - r0 < kRowTile ? count - r0 : kRowTile;
-        const float* a = wide_x + g.token[begin + r0] * D;
+        const L* a = rows_x + g.token[begin + r0] * D;
         if (R > 1) {
           for (int64_t r = 0; r < R; ++r)
-            std::memcpy(gathered + r * D, wide_x + g.token[begin + r0 + r] * D, D * sizeof(float));
+            std::memcpy(gathered + r * D, rows_x + g.token[begin + r0 + r] * D, D * sizeof(L));
           a = gathered;
         }
         product(a, R, gate, rows, D, wide_gate, sums_a);
         product(a, R, up, rows, D, wide_up, sums_b);
         for (int64_t r = 0; r < R; ++r) {
-          float* h = hidden + (begin + r0 + r) * I + first;
+          L* h = hidden + (begin + r0 + r) * I + first;
           for (int64_t n = 0; n < rows; n += kLanes) {
             const int m = rows - n < kLanes ? int(rows - n) : kLanes;
             vf z = load_n(sums_a + r * kBlock + n, m);
@@ -116,7 +102,7 @@ void experts(const T* x, const T* w13, const T* w2, const Groups& g, T* out, int
       for (int64_t i = 0; i < g.actives; ++i) {
         const int64_t e = g.active[i], begin = g.start[e], count = g.start[e + 1] - begin;
         const T* w = w2 + (e * D + first) * I;
-        const float* wide = worth_widening<T>(rows, count) ? widen(w, rows, I, rows_a) : nullptr;
+        const float* wide = widened(w, rows, I, count, rows_a);
         for (int64_t r0 = 0; r0 < count; r0 += kRowTile) {
           const int64_t R = count - r0 < kRowTile ? count - r0 : kRowTile;
           product(hidden + (begin + r0) * I, R, w, rows, I, wide, sums_a);
@@ -134,8 +120,7 @@ void experts(const T* x, const T* w13, const T* w2, const Groups& g, T* out, int
     }
     std::free(rows_a);
   }
-  std::free(hidden);
-  std::free(wide_x);
+  std::free(copies);
 }
 
 }  // namespace
@@ -247,7 +232,7 @@ void route(const T* x, const float* gate, const float* bias, int32_t* ids, float
 
 }  // namespace
 
-// x [T, D]; gate [E, D] and bias [E] fp32; ids and weights [T, k + shared]. E is a multiple of kColBlock and of groups.
+// x [T, D]; gate [E, D] and bias [E] fp32; ids and weights [T, k + shared]. E is a multiple of groups.
 void moe_route(const void* x, const float* gate, const float* bias, int32_t* ids, float* weights, int64_t tokens,
                int64_t E, int64_t D, int64_t k, int64_t groups, int64_t kept, int64_t shared, int64_t renormalize,
                float factor, int64_t dtype, int64_t threads) {

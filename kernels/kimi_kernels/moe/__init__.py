@@ -30,7 +30,8 @@ def _validate(x: Tensor, w13: Tensor, w2: Tensor, topk_ids: Tensor, topk_weights
 def moe_experts(x: Tensor, w13: Tensor, w2: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """sum_j topk_weights[t, j] * w2[e] (silu(gate[e] x[t]) * (up[e] x[t])) with e = topk_ids[t, j].
 
-    Inference only: there is no gradient. Products and sums are in float32.
+    Inference only: there is no gradient. Sums are in float32; the hidden layer is rounded to x's dtype where the CPU
+    multiplies bfloat16 itself.
 
     Args:
         x: [T, D], the tokens.

@@ -40,8 +40,6 @@ def moe_experts(x: Tensor, w13: Tensor, w2: Tensor, topk_ids: Tensor, topk_weigh
 
 
 def _route_refuses(x, gate, bias, top_k, num_groups, topk_groups, renormalize, factor, num_shared):
-    if gate.shape[0] % 4:
-        return f"needs a multiple of 4 experts, got {gate.shape[0]}"
     if gate.shape[0] // num_groups < 2 and num_groups > 1:
         return "needs two experts in a group"
     if not gate.is_contiguous():

@@ -35,7 +35,8 @@ def oracle(x, w13, w2, topk_ids, topk_weights):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_float64(isa, sizes, dtype, accurate):
     arguments = experts(*sizes, dtype)
-    accurate("out", moe_experts(*arguments), oracle(*arguments))
+    # Where the CPU multiplies bfloat16 itself, the hidden layer is rounded to it, as torch does.
+    accurate("out", moe_experts(*arguments), oracle(*arguments), roundings=2 if isa == "avx512bf16" else 1)
 
 
 def test_reference_matches_float64():
