@@ -1,0 +1,328 @@
+"""Small Megatron models that train on a CPU, the same weights and data in every layout. For the tests' workers.
+
+Import after `cpu_platform.install()`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+VOCABULARY, TOKENS, SEQUENCES = 64, 16, 2
+MICROBATCHES = 4  # over all data-parallel ranks
+HEADS, LAYERS, HIDDEN, FFN, EXPERTS = 4, 2, 32, 64, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is spread over the processes.
+
+    Args:
+        model: "gpt" (grouped-query attention, SwiGLU), "mla", "moe" or "mtp".
+        distributed: Megatron's distributed optimizer.
+        overlap: overlap gradient reduction (and, with `distributed`, parameter gathering) with computation.
+        bucket: elements of a gradient bucket; None is one bucket.
+    """
+
+    model: str = "gpt"
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    distributed: bool = False
+    bf16: bool = False
+    overlap: bool = False
+    bucket: int | None = None
+    init_scale: float = 0.08
+    lr: float = 0.02
+    clip_grad: float = 1.0
+
+
+class LocalLatentAttention(DotProductAttention):
+    """Megatron's own torch attention, for MLA: values may be narrower than keys."""
+
+    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if v_channels:  # Megatron makes one without them first, and throws it away
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+
+def start(case: Case) -> None:
+    """Make the process groups of `case`, after those of an earlier one."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(case.tp, case.pp, expert_model_parallel_size=case.ep)
+    tensor_parallel.random.initialize_rng_tracker(force_reset=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def model_config(case: Case, **changes: Any) -> TransformerConfig:
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    options: dict[str, Any] = {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "ffn_hidden_size": FFN,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "bf16": case.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "tensor_model_parallel_size": case.tp,
+        "pipeline_model_parallel_size": case.pp,
+        "expert_model_parallel_size": case.ep,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "bias_activation_fusion": False,
+        "persist_layer_norm": False,
+        "deallocate_pipeline_outputs": False,
+    }
+    if case.model == "moe":
+        options |= {
+            "num_moe_experts": EXPERTS,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": FFN // 2,
+            "moe_token_dispatcher_type": "allgather",
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": False,
+        }
+    if case.model == "mtp":
+        options |= {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3}
+    if case.model == "mla":
+        options |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_head_dim": 8,
+            "qk_pos_emb_head_dim": 4,
+            "v_head_dim": 8,
+            "rope_type": "rope",
+        }
+        return MLATransformerConfig(**options | changes)
+    return TransformerConfig(**{"num_query_groups": 2} | options | changes)
+
+
+def build_model(case: Case, **changes: Any) -> Any:
+    """The model of this rank, in Megatron's data-parallel wrapper, initialised by the names of its weights."""
+    config = model_config(case, **changes)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization="RMSNorm",
+    )
+    if case.model == "mla":
+        import megatron.core.transformer.multi_latent_attention as mla
+
+        mla.HAVE_TE = False  # 0.16.1 believes in Transformer Engine where only its import guard is present
+        spec.submodules.self_attention.submodules.core_attention = LocalLatentAttention
+    if case.model == "moe":
+        import megatron.core.transformer.moe.moe_utils as moe_utils
+
+        moe_utils.te_general_gemm = None  # 0.16.1 leaves the name undefined without Transformer Engine
+    extra: dict[str, Any] = {}
+    if case.model == "mtp":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+        extra["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+    model: Any = GPTModel(
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=TOKENS,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        **extra,
+    )
+    initialise(model, case)
+    if case.bf16:
+        model = Float16Module(config, model)
+    wrapped = DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=case.distributed,
+            overlap_grad_reduce=case.overlap,
+            overlap_param_gather=case.overlap and case.distributed,
+            bucket_size=case.bucket,
+        ),
+        module=model,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    if case.overlap:
+        config.no_sync_func = wrapped.no_sync
+        config.grad_sync_func = None
+    return wrapped
+
+
+def optimizer_config(case: Case, **changes: Any) -> OptimizerConfig:
+    return OptimizerConfig(
+        **{
+            "optimizer": "adam",
+            "lr": case.lr,
+            "min_lr": 0.0,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "bf16": case.bf16,
+            "params_dtype": torch.bfloat16 if case.bf16 else torch.float32,
+            "use_distributed_optimizer": case.distributed,
+            "overlap_param_gather": case.overlap and case.distributed,
+            "clip_grad": case.clip_grad,
+        }
+        | changes
+    )
+
+
+def global_name(name: str, case: Case) -> str:
+    """`name` as it is called in a model that is not cut over pipeline stages or expert ranks."""
+    name = re.sub(r"^(module\.)+", "", name)
+    stage = parallel_state.get_pipeline_model_parallel_rank() * (LAYERS // case.pp)
+    name = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + stage}", name)
+    first = parallel_state.get_expert_model_parallel_rank() * (EXPERTS // case.ep)
+    return re.sub(r"local_experts\.(\d+)", lambda m: f"local_experts.{int(m[1]) + first}", name)
+
+
+def cut_dim(name: str, parameter: torch.Tensor) -> int | None:
+    """Dimension that is cut over the tensor-parallel group."""
+    if not getattr(parameter, "tensor_model_parallel", False) and "experts" not in name:
+        return None
+    dim = getattr(parameter, "partition_dim", -1)
+    return dim if dim >= 0 else None
+
+
+def _halves(name: str, case: Case) -> int:
+    """A SwiGLU projection is [gate; up], each cut on its own."""
+    return 2 if "linear_fc1" in name else 1
+
+
+def initialise(model: Any, case: Case) -> None:
+    for local, parameter in model.named_parameters():
+        name = global_name(local, case)
+        if parameter.dim() < 2:
+            continue
+        dim, shape = cut_dim(name, parameter), list(parameter.shape)
+        size = _cut_size(parameter, case)
+        if dim is not None:
+            shape[dim] *= size
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        full = torch.randn(shape, generator=generator) * case.init_scale
+        if dim is not None and size > 1:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            halves = full.chunk(_halves(name, case), dim)
+            full = torch.cat([h.chunk(size, dim)[rank] for h in halves], dim)
+        parameter.data.copy_(full)
+
+
+def _cut_size(parameter: torch.Tensor, case: Case) -> int:
+    # experts are not cut: their tensor-parallel size is that of the dense layers divided among expert ranks
+    return (
+        case.tp
+        if getattr(parameter, "allreduce", True)
+        else parallel_state.get_expert_tensor_parallel_world_size()
+    )
+
+
+def batches() -> Iterator[torch.Tensor]:
+    """Micro-batches of this data-parallel rank, [SEQUENCES, TOKENS + 1]; all ranks together see the same data."""
+    generator = torch.Generator().manual_seed(5)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    while True:
+        step = torch.randint(0, VOCABULARY, (MICROBATCHES, SEQUENCES, TOKENS + 1), generator=generator)
+        yield from step[rank * MICROBATCHES // size : (rank + 1) * MICROBATCHES // size]
+
+
+def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Callable]:
+    tokens = next(data)
+    positions = torch.arange(TOKENS)[None].expand(SEQUENCES, TOKENS)
+    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    labels = tokens[:, 1:].contiguous()
+    extra = {"loss_mask": torch.ones_like(labels, dtype=torch.float32)}
+    output = model(tokens[:, :-1].contiguous(), positions, mask, labels=labels, **extra)
+
+    def loss(out: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value = out.float().mean()
+        return value, {"loss": value.detach().clone()}
+
+    return output, loss
+
+
+def train(model: Any, optimizer: Any, data: Iterator[torch.Tensor], steps: int) -> list[dict[str, float]]:
+    """Train and return the loss over all micro-batches and the gradient norm of each step (the same on all ranks)."""
+    history = []
+    for _ in range(steps):
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=data,
+            model=[model],
+            num_microbatches=MICROBATCHES // parallel_state.get_data_parallel_world_size(),
+            seq_length=TOKENS,
+            micro_batch_size=SEQUENCES,
+            forward_only=False,
+        )
+        updated, norm, _ = optimizer.step()
+        total = torch.tensor([sum(float(o["loss"]) for o in outputs or [])], dtype=torch.float64)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        if last:
+            dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
+        history.append(
+            {"loss": float(total) / MICROBATCHES, "norm": float(norm or 0.0), "updated": float(updated)}
+        )
+    return history
+
+
+def full_weights(model: Any, case: Case) -> dict[str, torch.Tensor]:
+    """All weights of the whole model in float32, put together from all ranks; on every rank."""
+    if case.overlap and case.distributed:
+        model.start_param_sync(force_sync=True)
+    pieces = {}
+    for local, parameter in model.named_parameters():
+        name = global_name(local, case)
+        dim = cut_dim(name, parameter)
+        cut = dim is not None and _cut_size(parameter, case) > 1
+        rank = parallel_state.get_tensor_model_parallel_rank() if cut else 0
+        pieces[name, rank] = (parameter.detach().float().clone(), dim if cut else None)
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, pieces)
+    parts: dict[str, dict[int, Any]] = {}
+    for rank_pieces in everything:
+        for (name, rank), value in rank_pieces.items():
+            parts.setdefault(name, {})[rank] = value
+    weights = {}
+    for name, by_rank in parts.items():
+        dim = by_rank[0][1]
+        if dim is None:
+            weights[name] = by_rank[0][0]
+            continue
+        halves = [by_rank[r][0].chunk(_halves(name, case), dim) for r in sorted(by_rank)]
+        weights[name] = torch.cat([torch.cat(column, dim) for column in zip(*halves, strict=True)], dim)
+    return weights
