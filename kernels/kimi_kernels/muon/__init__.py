@@ -90,8 +90,7 @@ def newton_schulz(
         coefficients: a name in COEFFICIENTS ("moonlight", "you", "polar_express"), or a sequence of (a, b, c),
             one for all steps or one a step.
         eps: added to the Frobenius norm.
-        dtype: of the arithmetic (the norm is at least float32): bfloat16 as in the papers, float32 or float64.
-            None takes x's own.
+        dtype: of the matrix products, at least: bfloat16 as in the papers, float32 or float64. None takes x's own.
 
     Returns:
         [..., n, m] in x's dtype. A zero matrix gives zeros; a NaN or infinity spoils its own matrix only.

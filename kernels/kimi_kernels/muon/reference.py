@@ -9,11 +9,13 @@ from .. import dispatch
 
 
 def unit_norm(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x / (||x||_F + eps) of each matrix, wide side last, in `dtype`. The norm is at least float32."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    if x.shape[-2] > x.shape[-1]:
-        exact = exact.mT
-    return (exact / (torch.linalg.vector_norm(exact, dim=(-2, -1), keepdim=True) + eps)).to(dtype)
+    """x / (||x||_F + eps) of each matrix, wide side last, in `dtype`."""
+    acc = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+    # In two stages, the second in float64: one float32 sum over a million squares is off by 2e-5.
+    of_rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=acc)
+    norm = torch.linalg.vector_norm(of_rows, dim=-2, keepdim=True, dtype=torch.float64) + eps
+    unit = (x.to(acc) / norm.to(acc)).to(dtype)
+    return unit.mT if x.shape[-2] > x.shape[-1] else unit
 
 
 def as_given(result: Tensor, x: Tensor) -> Tensor:
