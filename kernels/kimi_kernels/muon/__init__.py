@@ -26,8 +26,8 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
     ),
-    # Polar Express, arXiv 2505.16932: at each step the best odd quintic for singular values that started in
-    # [1e-3, 1]. These are the exact minimax triples; the paper's own code shrinks them for safety in bfloat16.
+    # Polar Express, arXiv 2505.16932, algorithm 1: at each step the best odd quintic for singular values that
+    # started in [1e-3, 1]. Without the safety factor that the paper offers for bfloat16.
     "polar_express": (
         (8.28721201814563, -23.595886519098837, 17.300387312530933),
         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

@@ -21,7 +21,7 @@ _GRAM_ASPECT = 6
 @dispatch.register("newton_schulz", "cpu", native=False)
 def newton_schulz(x: Tensor, coefficients: list[float], eps: float, dtype: torch.dtype) -> Tensor:
     rows, columns = min(x.shape[-2:]), max(x.shape[-2:])
-    triples = list(zip(coefficients[::3], coefficients[1::3], coefficients[2::3]))
+    triples = [tuple(coefficients[n : n + 3]) for n in range(0, len(coefficients), 3)]
     # The Gram matrix squares the condition number: in float32 that costs less than bfloat16 steps do (the largest
     # error over hard spectra is 4e-4, against 0.1), in bfloat16 it diverges, and float32 callers want better.
     gram = dtype == torch.bfloat16 and columns >= _GRAM_ASPECT * rows
