@@ -28,11 +28,10 @@ def qk_max_logits(
     out = q.new_full((heads,), float("-inf"), dtype=acc) if largest is None else largest.to(acc, copy=True)
     if open_heads and largest is not None:
         out[open_heads] = float("-inf")
-    with torch.autocast("cpu", enabled=False):
-        for x, y in sequences(q, k, cu_seqlens_q, cu_seqlens_k):
-            for h in open_heads:
-                best = _one_head(x[:, h].to(acc) * scale, y[:, h // group].to(acc), causal)
-                out[h] = torch.maximum(out[h], best)
+    for x, y in sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+        for h in open_heads:
+            best = _one_head(x[:, h].to(acc) * scale, y[:, h // group].to(acc), causal)
+            out[h] = torch.maximum(out[h], best)
     return out
 
 

@@ -21,9 +21,10 @@ def qk_max_logits(
     lse: Tensor | None,
     threshold: float | None,
 ) -> Tensor:
-    return dispatch.run(
-        "qk_max_logits", q.device, q, k, scale, causal, cu_seqlens_q, cu_seqlens_k, lse, threshold
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return dispatch.run(
+            "qk_max_logits", q.device, q, k, scale, causal, cu_seqlens_q, cu_seqlens_k, lse, threshold
+        )
 
 
 @qk_max_logits.register_fake

@@ -12,7 +12,8 @@ from . import cpu, reference  # noqa: F401  (register the backends)
 
 @custom_op("kimi::newton_schulz", mutates_args=())
 def newton_schulz(x: Tensor, coefficients: list[float], eps: float, dtype: torch.dtype) -> Tensor:
-    return dispatch.run("newton_schulz", x.device, x, coefficients, eps, dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return dispatch.run("newton_schulz", x.device, x, coefficients, eps, dtype)
 
 
 @newton_schulz.register_fake
