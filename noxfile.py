@@ -90,7 +90,7 @@ def kernels(session: nox.Session) -> None:
     )
     session.install("-q", "--no-deps", "fla-core==0.6.0")  # its plain-torch functions are a peer; they need no Triton
     install_project(session)
-    run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/megatron/core")
+    run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/muonclip")
 
 
 @nox.session(python="3.11")
