@@ -1,0 +1,162 @@
+// The data plane of one agent: one progress thread moves all bytes; any thread may call the public functions.
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "config/config.h"
+#include "engine/local_copy.h"
+#include "engine/state.h"
+#include "wire/metadata.h"
+
+namespace tent {
+
+using Notifications = std::vector<std::pair<std::string, std::string>>;   // (agent, message)
+
+class Engine {
+ public:
+  // Opens listeners and starts the thread. Throws std::invalid_argument where the configuration cannot be met.
+  Engine(Config config, std::string agent);
+  // Waits a moment for notifications that are not acknowledged yet; running transfers are given up.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const std::string& agent() const { return agent_; }
+  std::string connection_info() const;
+
+  // Peers may read and write [begin, begin + size) until `remove_region` returns.
+  Region* add_region(void* begin, size_t size);
+  void remove_region(Region* region);
+  static RegionInfo describe_region(const Region& region);
+
+  // Throws std::invalid_argument for metadata that is not ours. The same agent may be loaded again.
+  void load_peer(const std::string& agent, std::string_view blob);
+  bool connect(const std::string& agent);
+  void disconnect(const std::string& agent);
+
+  // A transfer to a loaded peer, or inside this agent where `agent` is its own name; null: unknown peer.
+  std::unique_ptr<Transfer> prepare(Op op, const std::string& agent);
+  void post(Transfer& transfer, std::optional<std::string> notification);
+  // After this the transfer's memory is not touched any more, finished or not.
+  void release(Transfer& transfer);
+
+  bool notify(const std::string& agent, std::string message);
+  Notifications take_notifications();
+
+  std::string metrics_json();
+  std::string metrics_text();   // Prometheus
+
+ private:
+  class Dispatcher;
+  friend class MetricsServer;
+
+  // engine.cpp: the thread and the clock
+  void run();
+  void wake();
+  void arm(double at);
+  void want(Peer& peer);
+  void drain_submissions();
+  void tick(double now);
+  bool idle() const;
+  static double now();
+
+  // links.cpp: dialling, proving, dying
+  void dial(Peer& peer, Link& link, double now);
+  void dial_finished(Connection& connection, double now);
+  void accept_all(size_t listener);
+  Connection& add_connection(Fd fd, const Transport* transport);
+  void close(Connection& connection, const std::string& why, bool abrupt = false);
+  void link_up(Connection& connection, double now);
+  void check_links(Peer& peer, double now, double slept);
+  void reroute(Peer& peer, Link& link);
+  void watch(Connection& connection);
+  void flush(Connection& connection);
+  void send_frame(Connection& connection, Header header, std::string_view payload = {});
+  void refuse(Connection& connection, const std::string& why);
+  std::optional<std::string> shake(Connection& connection);
+  std::optional<std::string> meet(Connection& connection);
+  std::optional<std::string> check_proof(Connection& connection);
+
+  // initiator.cpp: slices out, answers in
+  void start(Transfer& transfer, double now);
+  void pump(Peer& peer, double now);
+  void hedge(Peer& peer, double now);
+  Transfer* pick(Peer& peer, double now);
+  static void send_slice(Link& link, Transfer& transfer, uint32_t slice, double now);
+  void slice_finished(Connection& connection, double now);
+  void slice_refused(Connection& connection);
+  static std::optional<InFlight> settle(Link& link, uint64_t transfer, uint32_t slice, double now);
+  void all_slices_done(Peer& peer, Transfer& transfer);
+  void discard_arriving(Peer& peer, uint64_t id, std::optional<uint32_t> slice);
+  void queue_again(Peer& peer, uint64_t transfer, uint32_t slice);
+  void finish(Peer& peer, Transfer& transfer, Status status);
+  void check_transfers(Peer& peer, double now);
+  void queue_control(Peer& peer, uint64_t id, Control control);
+  void send_controls(Peer& peer);
+  void end_acknowledged(Connection& connection);
+  void fail_all(Peer& peer, Status status);
+  std::optional<std::string> accept_read(Connection& connection, FrameHandler::Destination& destination);
+  std::optional<std::string> pull_read(Connection& connection);
+
+  // target.cpp: slices in, answers out
+  std::optional<std::string> accept_write(Connection& connection, FrameHandler::Destination& destination);
+  void write_finished(Connection& connection);
+  std::optional<std::string> pull_write(Connection& connection);
+  void serve_read(Connection& connection);
+  void end_received(Connection& connection);
+  void complete(Session& session, uint64_t transfer);
+  static void end_incoming(Session& session, uint64_t transfer);
+  void deliver(const std::string& agent, std::string message);
+  Refusal locate(const std::vector<Segment>& rows, std::vector<iovec>& out) const;
+  void answer(Connection& connection, Kind kind, uint32_t aux = 0);
+  void drop_named(Session& session, uint64_t name);
+  void forget_sessions(double now);
+
+  const Config config_;
+  const SchedulePolicy policy_;
+  const std::string agent_;
+  ConnectionInfo info_;
+  std::string key_;
+  std::vector<std::unique_ptr<Transport>> transports_;
+  struct Open {
+    Listener listener;
+    const Transport* transport;
+  };
+  std::vector<Open> listeners_;
+
+  Fd epoll_, wakeup_, timer_;
+  double armed_ = 0;        // when the timer fires, 0: not armed
+  double tick_due_ = 0;
+
+  mutable std::mutex mutex_;   // everything from here on
+  std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;
+  std::vector<uint64_t> closed_;
+  uint64_t next_connection_ = 1;
+  uint32_t unproven_ = 0;
+  std::unordered_map<std::string, std::shared_ptr<Peer>> peers_;
+  std::unordered_map<std::string, std::unique_ptr<Session>> sessions_;   // by the initiator's engine
+  uint64_t next_generation_ = 1;
+  std::vector<std::unique_ptr<Region>> regions_;
+  std::vector<uint32_t> free_slots_;
+  uint64_t finished_ = 0, failed_ = 0, rejected_ = 0;
+  bool stopping_ = false;
+
+  std::mutex submit_mutex_;
+  std::vector<Transfer*> submitted_;
+
+  std::mutex notification_mutex_;
+  Notifications notifications_;
+
+  LocalCopier copier_;
+  std::unique_ptr<class MetricsServer> metrics_;
+  std::thread thread_;
+};
+
+}  // namespace tent

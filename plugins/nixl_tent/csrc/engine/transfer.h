@@ -1,0 +1,72 @@
+// A transfer and its slices, as the initiator keeps them.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "slices/plan.h"
+
+namespace tent {
+
+enum class Op { read, write };
+
+enum class Status : int {   // the numbers are NIXL's
+  running = 1,
+  done = 0,
+  failed = -3,          // no progress within the bound, or the target's memory cannot be used
+  refused = -6,         // the target does not let us there
+  disconnected = -10,   // the target is gone
+  canceled = -11,       // the deadline passed
+};
+
+enum class Priority : uint8_t { high = 0, normal = 1, low = 2 };
+constexpr size_t PRIORITIES = 3;
+
+struct Slice {
+  Cut cut;
+  bool done = false;
+  uint8_t copies = 0;     // in flight
+  bool waiting = false;   // in the queue of slices to send again
+};
+
+// A copy inside this process.
+struct LocalCopy {
+  uint8_t* to;
+  const uint8_t* from;
+  size_t bytes;
+};
+
+struct Peer;
+
+struct Transfer {
+  // Set when it is prepared.
+  Op op = Op::write;
+  std::shared_ptr<Peer> peer;      // empty: local
+  Plan plan;
+  std::vector<LocalCopy> copies;   // local
+  Priority priority = Priority::normal;
+  double deadline_seconds = 0;     // after the post; 0: none
+
+  // Read by any thread.
+  std::atomic<Status> status{Status::done};
+
+  // The engine's, under its lock, from post to the end.
+  uint64_t id = 0;
+  std::optional<std::string> notification;
+  std::deque<Slice> slices;
+  uint32_t finished = 0;           // slices
+  bool repeated = false;           // some slice had two copies
+  bool queued = false;             // in its peer's queue
+  bool awaiting_end = false;       // the notification is not acknowledged yet
+  double posted = 0;
+  double deadline = 0;             // absolute; 0: none
+  double last_progress = 0;
+  double last_service = 0;         // when it last got a slice
+};
+
+}  // namespace tent

@@ -1,0 +1,310 @@
+// NIXL's view of the engine: translation only.
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <sstream>
+#include <mutex>
+#include <stdexcept>
+#include <unordered_set>
+
+#include "engine/engine.h"
+#include "nixl/interface.h"
+
+namespace {
+
+constexpr const char* NAME = "TENT";
+
+void say(const std::string& what) { std::fprintf(stderr, "TENT: %s\n", what.c_str()); }
+
+struct LocalMetadata final : nixl::Metadata {
+  explicit LocalMetadata(tent::Region* r) : Metadata(true), region(r) {}
+  tent::Region* region;
+};
+
+struct RemoteMetadata final : nixl::Metadata {
+  explicit RemoteMetadata(const tent::RegionInfo& i) : Metadata(false), info(i) {}
+  tent::RegionInfo info;
+};
+
+struct Handle final : nixl::Request {
+  std::unique_ptr<tent::Transfer> transfer;
+};
+
+// NIXL's own table of functions of its descriptor lists, where its library exports one. Two destructors and three
+// functions behind two words: if that changes, so may everything that interface.h says of lists.
+const void* list_table(bool& wrong_size) {
+  wrong_size = false;
+  void* library = dlopen("libnixl.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) return nullptr;
+  const void* table = dlsym(library, "_ZTV12nixlDescListI12nixlMetaDescE");
+  Dl_info info{};
+  const ElfW(Sym)* symbol = nullptr;
+  if (table != nullptr &&
+      dladdr1(table, &info, reinterpret_cast<void**>(const_cast<ElfW(Sym)**>(&symbol)), RTLD_DL_SYMENT) != 0 &&
+      symbol != nullptr)
+    wrong_size = symbol->st_size != 7 * sizeof(void*);
+  dlclose(library);
+  return table;
+}
+
+// Refuses to work with a NIXL whose structures are not those of interface.h, before anything is read from them that
+// could be wrong: a text where the type must be, sane flags, a map that answers.
+void self_test(const nixl::InitParameters& init) {
+  const auto fail = [](const std::string& what) {
+    throw std::runtime_error("this NIXL does not fit this plugin (" + what +
+                             "): it works with 1.0 to 1.5; run `kimi-stack tent doctor`");
+  };
+  // A std::string holds a pointer and a length; one in the wrong place shows in the length already.
+  size_t type_length = 0;
+  std::memcpy(&type_length, reinterpret_cast<const char*>(&init.type) + sizeof(void*), sizeof type_length);
+  if (type_length != std::strlen(NAME) || init.type != NAME) fail("the backend's type is not where it must be");
+  if (init.options == nullptr || init.options->size() > 4096) fail("the options are not where they must be");
+  bool wrong_size = false;
+  list_table(wrong_size);
+  if (wrong_size) fail("descriptor lists have other functions");
+}
+
+tent::Priority priority_of(const std::string& name) {
+  if (name == "high") return tent::Priority::high;
+  if (name == "normal") return tent::Priority::normal;
+  if (name == "low") return tent::Priority::low;
+  throw std::invalid_argument("priority must be high, normal or low, got '" + name + "'");
+}
+
+// NIXL's free text of a transfer: "priority=low deadline_ms=50".
+void apply_custom(const std::string& text, tent::Transfer& transfer) {
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    const size_t equals = word.find('=');
+    const std::string name = word.substr(0, equals);
+    const std::string value = equals == std::string::npos ? "" : word.substr(equals + 1);
+    if (name == "priority") {
+      transfer.priority = priority_of(value);
+    } else if (name == "deadline_ms") {
+      char* end = nullptr;
+      transfer.deadline_seconds = std::strtod(value.c_str(), &end) * 1e-3;
+      if (value.empty() || *end != 0 || !(transfer.deadline_seconds > 0))
+        throw std::invalid_argument("deadline_ms must be a positive number, got '" + value + "'");
+    } else {
+      throw std::invalid_argument("unknown transfer parameter '" + word + "'; known: priority=, deadline_ms=");
+    }
+  }
+}
+
+nixl::Result result_of(tent::Status status) { return static_cast<nixl::Result>(status); }
+
+class Backend final : public nixl::Engine {
+ public:
+  explicit Backend(const nixl::InitParameters& init)
+      : Engine(init), engine_(tent::read_config(*init.options), init.agent) {}
+
+  bool supports_remote() const override { return true; }
+  bool supports_local() const override { return true; }
+  bool supports_notifications() const override { return true; }
+  std::vector<nixl::Memory> memories() const override { return {nixl::DRAM}; }
+
+  nixl::Result register_memory(const nixl::BlobDescriptor& memory, const nixl::Memory& kind,
+                               nixl::Metadata*& out) override {
+    if (kind != nixl::DRAM) return nixl::ERR_NOT_SUPPORTED;
+    out = new LocalMetadata(engine_.add_region(reinterpret_cast<void*>(memory.address), memory.length));
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result deregister_memory(nixl::Metadata* metadata) override {
+    const std::unique_ptr<LocalMetadata> local(static_cast<LocalMetadata*>(metadata));
+    engine_.remove_region(local->region);
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result connect(const std::string& agent) override {
+    return engine_.connect(agent) ? nixl::SUCCESS : nixl::ERR_NOT_FOUND;
+  }
+
+  nixl::Result disconnect(const std::string& agent) override {
+    engine_.disconnect(agent);
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result unload_metadata(nixl::Metadata* metadata) override {
+    // `load_local` hands out the region's own metadata, which an agent that closes may have deregistered already:
+    // what is not in our book must not even be looked at.
+    const std::lock_guard lock(mutex_);
+    if (remote_.erase(metadata) > 0) delete metadata;
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result prepare(const nixl::Operation& operation, const nixl::MetaList& local, const nixl::MetaList& remote,
+                       const std::string& agent, nixl::Request*& handle,
+                       const nixl::TransferOptions* options) const override try {
+    if (local.items.size() != remote.items.size()) return nixl::ERR_INVALID_PARAM;
+    auto transfer = engine_.prepare(operation == nixl::WRITE ? tent::Op::write : tent::Op::read, agent);
+    if (transfer == nullptr) return nixl::ERR_NOT_FOUND;
+    if (options != nullptr) apply_custom(options->custom, *transfer);
+    for (size_t i = 0; i < local.items.size(); ++i)
+      if (!add(*transfer, local.items[i], remote.items[i])) return nixl::ERR_MISMATCH;
+    auto made = std::make_unique<Handle>();
+    made->transfer = std::move(transfer);
+    handle = made.release();
+    return nixl::SUCCESS;
+  } catch (const std::invalid_argument& error) {
+    say(error.what());
+    return nixl::ERR_INVALID_PARAM;
+  }
+
+  nixl::Result post(const nixl::Operation&, const nixl::MetaList&, const nixl::MetaList&, const std::string&,
+                    nixl::Request*& handle, const nixl::TransferOptions* options) const override {
+    tent::Transfer& transfer = *static_cast<Handle*>(handle)->transfer;
+    std::optional<std::string> notification;
+    if (options != nullptr && options->has_notification) {
+      if (options->notification.size() > tent::MAX_NOTIFICATION) return nixl::ERR_INVALID_PARAM;
+      notification = options->notification;
+    }
+    engine_.post(transfer, std::move(notification));
+    return result_of(transfer.status);
+  }
+
+  nixl::Result check(nixl::Request* handle) const override {
+    return result_of(static_cast<Handle*>(handle)->transfer->status.load(std::memory_order_acquire));
+  }
+
+  nixl::Result release(nixl::Request* handle) const override {
+    const std::unique_ptr<Handle> owned(static_cast<Handle*>(handle));
+    engine_.release(*owned->transfer);
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result remote_view(const void*, void*&, const nixl::TransferOptions*) const override {
+    return nixl::ERR_NOT_SUPPORTED;
+  }
+  nixl::Result local_view(const void*, void*&, const nixl::TransferOptions*) const override {
+    return nixl::ERR_NOT_SUPPORTED;
+  }
+  void release_view(void*) const override {}
+
+  nixl::Result public_data(const nixl::Metadata* metadata, std::string& out) const override {
+    const auto* local = static_cast<const LocalMetadata*>(metadata);
+    out = tent::encode(tent::Engine::describe_region(*local->region));
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result connection_info(std::string& out) const override {
+    out = engine_.connection_info();
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result load_connection_info(const std::string& agent, const std::string& info) override try {
+    engine_.load_peer(agent, info);
+    return nixl::SUCCESS;
+  } catch (const std::invalid_argument& error) {
+    say("metadata of agent '" + agent + "': " + error.what());
+    return nixl::ERR_MISMATCH;
+  }
+
+  nixl::Result load_remote(const nixl::BlobDescriptor& input, const nixl::Memory& kind, const std::string& agent,
+                           nixl::Metadata*& out) override try {
+    if (kind != nixl::DRAM) return nixl::ERR_NOT_SUPPORTED;
+    const tent::RegionInfo info = tent::decode_region(input.blob);
+    if (info.address != input.address || info.length != input.length)
+      throw std::invalid_argument("region info does not belong to its descriptor");
+    out = new RemoteMetadata(info);
+    const std::lock_guard lock(mutex_);
+    remote_.insert(out);
+    return nixl::SUCCESS;
+  } catch (const std::invalid_argument& error) {
+    say("metadata of agent '" + agent + "': " + error.what());
+    return nixl::ERR_MISMATCH;
+  }
+
+  nixl::Result load_local(nixl::Metadata* input, nixl::Metadata*& out) override {
+    out = input;
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result notifications(nixl::NotificationList& out) override {
+    if (!out.empty()) return nixl::ERR_INVALID_PARAM;
+    out = engine_.take_notifications();
+    return nixl::SUCCESS;
+  }
+
+  nixl::Result notify(const std::string& agent, const std::string& message) const override {
+    if (message.size() > tent::MAX_NOTIFICATION - sizeof(uint64_t)) return nixl::ERR_INVALID_PARAM;
+    return engine_.notify(agent, message) ? nixl::SUCCESS : nixl::ERR_NOT_FOUND;
+  }
+
+  nixl::Result query(const nixl::RegisterList&, std::vector<nixl::QueryAnswer>&) const override {
+    return nixl::ERR_NOT_SUPPORTED;
+  }
+
+  nixl::Result estimate(const nixl::Operation&, const nixl::MetaList&, const nixl::MetaList&, const std::string&,
+                        nixl::Request* const&, std::chrono::microseconds&, std::chrono::microseconds&, int&,
+                        const void*) const override {
+    return nixl::ERR_NOT_SUPPORTED;
+  }
+
+ private:
+  // Both ranges must lie in registered regions; the target checks its own again.
+  static bool add(tent::Transfer& transfer, const nixl::MetaDescriptor& here, const nixl::MetaDescriptor& there) {
+    const auto inside = [](uintptr_t address, size_t length, uintptr_t begin, size_t size) {
+      return address >= begin && length <= size && address - begin <= size - length;
+    };
+    if (here.length != there.length || here.metadata == nullptr || there.metadata == nullptr) return false;
+    auto* local = reinterpret_cast<uint8_t*>(here.address);
+    const tent::Region& region = *static_cast<const LocalMetadata*>(here.metadata)->region;
+    if (!inside(here.address, here.length, reinterpret_cast<uintptr_t>(region.begin), region.size)) return false;
+    if (transfer.peer == nullptr) {
+      const tent::Region& other = *static_cast<const LocalMetadata*>(there.metadata)->region;
+      if (!inside(there.address, there.length, reinterpret_cast<uintptr_t>(other.begin), other.size)) return false;
+      auto* target = reinterpret_cast<uint8_t*>(there.address);
+      if (transfer.op == tent::Op::write) transfer.copies.push_back({target, local, here.length});
+      else transfer.copies.push_back({local, target, here.length});
+      return true;
+    }
+    const tent::RegionInfo& info = static_cast<const RemoteMetadata*>(there.metadata)->info;
+    if (!inside(there.address, there.length, info.address, info.length)) return false;
+    transfer.plan.add({local, info.token, there.address - info.address, there.length, info.slot});
+    return true;
+  }
+
+  std::mutex mutex_;
+  std::unordered_set<nixl::Metadata*> remote_;
+  // NIXL's interface has const functions that change the engine.
+  mutable tent::Engine engine_;
+};
+
+nixl::Engine* create(const nixl::InitParameters* init) {
+  try {
+    self_test(*init);
+    return new Backend(*init);
+  } catch (const std::exception& error) {
+    say(error.what());
+    return nullptr;
+  }
+}
+
+void destroy(nixl::Engine* engine) { delete engine; }
+const char* name() { return NAME; }
+const char* version() { return TENT_VERSION; }
+
+nixl::Options options() {
+  nixl::Options all;
+  for (const auto& [key, value] : tent::default_options()) all[key] = value;
+  return all;
+}
+
+std::vector<nixl::Memory> memories() { return {nixl::DRAM}; }
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) nixl::Plugin* nixl_plugin_init() {
+  static nixl::Plugin plugin{1, create, destroy, name, version, options, memories};
+  return &plugin;
+}
+
+__attribute__((visibility("default"))) void nixl_plugin_fini() {}
+}
