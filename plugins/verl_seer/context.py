@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-Order = Literal["context", "arrival", "oracle"]
-ORDERS: tuple[Order, ...] = ("context", "arrival", "oracle")
+Order = Literal["context", "arrival", "round-robin", "oracle"]
+ORDERS: tuple[Order, ...] = ("context", "arrival", "round-robin", "oracle")
 
 
 class LengthContext:

@@ -30,8 +30,9 @@ class SchedulerConfig:
 
     Args:
         chunk_size: most tokens of one chunk. The paper's deployments use about 8192.
-        order: ``context`` is Algorithm 2; ``arrival`` is first come, first served; ``oracle`` is longest first by
-            true lengths, which only a simulation has.
+        order: ``context`` is Algorithm 2; ``arrival`` is first come, first served, a request keeping its place over
+            all its chunks; ``round-robin`` sends a request to the end after each chunk; ``oracle`` is longest
+            remaining first by true lengths, which only a simulation has.
         fairness_period: every how many decisions the longest-waiting request is taken; 0 is never.
         affinity_spread: a request returns to the instance that holds its KV while that one runs at most this many
             requests more than the least busy one (the paper's 32).
@@ -76,6 +77,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._instances: dict[str, Instance] = {}
         self._members: dict[str, list[str]] = {}
+        self._arrival: dict[str, int] = {}
         # Entries of the three heaps are dropped lazily: one is live while its ticket is the request's.
         self._tickets: dict[str, int] = {}
         self._ticket = itertools.count()
@@ -129,6 +131,7 @@ class Scheduler:
         request.probe = not members
         members.append(request.request_id)
         self._requests[request.request_id] = request
+        self._arrival[request.request_id] = len(self._arrival)
         self.context.add_group(request.group_id, request.max_tokens)
         self._unfinished += 1
         self._enqueue(request)
@@ -211,7 +214,7 @@ class Scheduler:
             return request.generated - self._true_length(request.request_id)
         if self.config.order == "context":
             return -self.context.estimate(request.group_id)
-        return 0
+        return self._arrival[request.request_id] if self.config.order == "arrival" else 0
 
     def _enqueue(self, request: Request) -> None:
         ticket = next(self._ticket)

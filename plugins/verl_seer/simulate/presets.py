@@ -1,0 +1,55 @@
+"""The paper's three workloads, and the policies that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from verl_seer.scheduler import SchedulerConfig
+from verl_seer.simulate.balancers import Balancer, LeastInFlight
+from verl_seer.simulate.costs import StepModel
+from verl_seer.simulate.drafts import Drafting
+from verl_seer.simulate.rollout import Divided, Policy, Whole
+from verl_seer.simulate.workload import Cluster, Workload
+
+# Requests, group size, mean and greatest length, GPUs per instance: the paper's table of workloads. KV tokens: memory of
+# the instance's H800s at 90 % less the weights, over the bytes of a token's KV (MLA latents, or 8 KV heads of 128 in 80
+# layers). Prompt lengths, sigma and correlation are assumptions. fixed and per_token are fitted so that the
+# group-level baseline has the paper's rollout and tail time; see docs/seer.md.
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload(
+            "moonlight", 3200, 8, 256, 22386, 65536, 0.9, 0.8,
+            Cluster(32, 1_200_000, 512, StepModel(0.020, 2e-4, 1.5e-5, 1.5e-8, 1e-6, 20_000, 1.6e6), 31_104), "Moonlight",
+        ),
+        Workload(
+            "qwen2-vl-72b", 9600, 16, 1024, 7615, 40960, 0.9, 0.8,
+            Cluster(16, 1_300_000, 1024, StepModel(0.030, 2e-4, 4.5e-5, 2e-8, 1e-6, 20_000, 6e5), 327_680), "Qwen2-VL-72B",
+        ),
+        Workload(
+            "kimi-k2", 6400, 8, 512, 38959, 98304, 0.7, 0.8,
+            Cluster(8, 18_000_000, 2048, StepModel(0.060, 5e-5, 5e-6, 1e-9, 1e-6, 60_000, 1e7), 70_272), "Kimi-K2",
+        ),
+    )
+}  # fmt: skip
+
+
+def policies(
+    chunk_size: int = 8192, balancer: Callable[[Sequence[str], int], Balancer] = LeastInFlight
+) -> dict[str, Policy]:
+    """Every policy by name: baselines first, then Seer's techniques added in turn, then the oracle order."""
+    grouped = Drafting("group", multi_path=True)
+    return {
+        "group-level": Whole("group"),
+        "stock": Whole(balancer=balancer),
+        "stock+priority": Whole(order="priority", balancer=balancer),
+        "stock+suffix": Whole(balancer=balancer, drafting=Drafting("instance", length=8)),
+        "divided": Divided(SchedulerConfig(chunk_size, "arrival", fairness_period=0)),
+        "divided+round-robin": Divided(SchedulerConfig(chunk_size, "round-robin", fairness_period=0)),
+        "divided+context": Divided(SchedulerConfig(chunk_size, "context")),
+        "seer": Divided(SchedulerConfig(chunk_size, "context"), grouped),
+        "oracle": Divided(SchedulerConfig(chunk_size, "oracle")),
+    }
+
+
+BASELINE = "group-level"
