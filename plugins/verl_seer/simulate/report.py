@@ -150,7 +150,8 @@ def _gantt(policies: dict[str, dict]) -> Figure:
         ax.set_ylabel("instance", fontsize=8)
         ax.set_title(f"{name}: {p['makespan']:,.0f} s", fontsize=9, loc="left")
     axes[-1].set(xlabel="seconds", xlim=(0, max(p["makespan"] for p in policies.values())))
-    figure.colorbar(image, ax=list(axes), label="running requests", shrink=0.5)
+    if image is not None:
+        figure.colorbar(image, ax=list(axes), label="running requests", shrink=0.5)
     return figure
 
 

@@ -1,8 +1,8 @@
 """A discrete-event simulation of one rollout, which drives the real scheduler, draft budgets and load balancers.
 
-Two families of policies. `Whole` hands each request (or, as old verl did, each group) to an instance at the start, whose
-own queue then admits and preempts as vLLM does: a running batch that outgrows the KV memory loses its latest request,
-which is computed again later. `Divided` lets `verl_seer.Scheduler` place chunks.
+Two families of policies. `Whole` hands each request (or, as old verl did, each group) to an instance at the start,
+whose own queue then admits and preempts as vLLM does: a running batch that outgrows the KV memory loses its latest
+request, which is computed again later. `Divided` lets `verl_seer.Scheduler` place chunks.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def simulate(
         raise ValueError(
             f"kv_capacity must hold the longest request with its prompt ({largest} tokens), got {cluster.kv_capacity}"
         )
-    run = _DividedRun if isinstance(policy, Divided) else _WholeRun
-    return run(samples, cluster, policy, seed, progress).run()
+    if isinstance(policy, Divided):
+        return _DividedRun(samples, cluster, policy, progress).run()
+    return _WholeRun(samples, cluster, policy, seed, progress).run()
 
 
 class _Run:
@@ -138,7 +139,6 @@ class _Run:
         samples: Sequence[Sample],
         cluster: Cluster,
         policy: Policy,
-        seed: int,
         progress: Progress | None,
     ) -> None:
         self.samples, self.cluster, self.drafting = samples, cluster, policy.drafting
@@ -283,7 +283,7 @@ class _WholeRun(_Run):
     def __init__(
         self, samples: Sequence[Sample], cluster: Cluster, policy: Whole, seed: int, progress: Progress | None
     ) -> None:
-        super().__init__(samples, cluster, policy, seed, progress)
+        super().__init__(samples, cluster, policy, progress)
         self.policy = policy
         self.queues: list[deque[int]] = [deque() for _ in self.engines]
         self.server_of: dict[int, str] = {}
@@ -349,10 +349,9 @@ class _DividedRun(_Run):
         samples: Sequence[Sample],
         cluster: Cluster,
         policy: Divided,
-        seed: int,
         progress: Progress | None,
     ) -> None:
-        super().__init__(samples, cluster, policy, seed, progress)
+        super().__init__(samples, cluster, policy, progress)
         oracle = (lambda r: samples[int(r)].tokens) if policy.scheduler.order == "oracle" else None
         instances = [Instance(str(e.index), cluster.kv_capacity, cluster.max_running) for e in self.engines]
         self.scheduler = Scheduler(policy.scheduler, instances, oracle)

@@ -161,7 +161,7 @@ def _check_row(row: object, where: str) -> None:
             f"{where}: missing {missing}, unknown {unknown}; the fields are {', '.join(_FIELDS)}"
         )
     for name, value in row.items():
-        if type(value) is not _FIELDS[name] or (_FIELDS[name] is int and value < 1):
+        if type(value) is not _FIELDS[name] or (isinstance(value, int) and value < 1):
             wanted = "a string" if _FIELDS[name] is str else "an integer of at least 1"
             raise ValueError(f"{where}: {name} must be {wanted}, got {value!r}")
 
