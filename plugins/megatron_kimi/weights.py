@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -142,7 +142,8 @@ def _latent_weights(config: Any, per_head: bool) -> Iterator[tuple[str, Build]]:
         "linear_kv_up_proj.weight",
         lambda _, m: splits.mla_key_value(heads, nope, config.v_head_dim, m, per_head),
     )
+    # Each rank has its share of the rows as they stand, whatever they mean, and gathers the whole output.
     down = {"latent": config.kv_lora_rank, "k_rope": rope}
-    yield "linear_kv_down_proj.weight", lambda _, m: splits.stacked(down, m)
+    yield "linear_kv_down_proj.weight", lambda _, m: replace(splits.stacked(down, m), shards="blocks")
     fused = {"q": config.q_lora_rank or 0, **down}
-    yield "linear_qkv_down_proj.weight", lambda _, m: splits.stacked(fused, m)
+    yield "linear_qkv_down_proj.weight", lambda _, m: replace(splits.stacked(fused, m), shards="blocks")

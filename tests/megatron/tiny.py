@@ -5,6 +5,7 @@ Import after `cpu_platform.install()`.
 
 from __future__ import annotations
 
+import io
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -161,6 +162,11 @@ def build_model(case: Case, **changes: Any) -> Any:
         share_embeddings_and_output_weights=False,
         **extra,
     )
+    return wrap(model, config, case)
+
+
+def wrap(model: Any, config: TransformerConfig, case: Case) -> Any:
+    """`model`, initialised, in Megatron's wrappers for precision and data parallelism."""
     initialise(model, case)
     if case.bf16:
         model = Float16Module(config, model)
@@ -182,6 +188,42 @@ def build_model(case: Case, **changes: Any) -> Any:
     return wrapped
 
 
+def build_hybrid(case: Case) -> Any:
+    """Attention and MLP layers of their own in Megatron's HybridModel (0.19): '*' attention, '-' MLP."""
+    import megatron.core.models.hybrid.hybrid_block as hybrid_block
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    hybrid_block.TENorm = WrappedTorchNorm  # its final norm is Transformer Engine's in any spec
+    parts = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
+    attention = TransformerLayerSubmodules(
+        input_layernorm=parts.input_layernorm,
+        self_attention=parts.self_attention,
+        self_attn_bda=parts.self_attn_bda,
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda
+    )
+    stack = HybridStackSubmodules(
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=TransformerLayer, submodules=mlp),
+    )
+    config = model_config(case, num_layers=4, is_hybrid_model=True)
+    model = HybridModel(
+        config,
+        hybrid_stack_spec=ModuleSpec(module=HybridStack, submodules=stack),
+        vocab_size=VOCABULARY,
+        max_sequence_length=TOKENS,
+        hybrid_layer_pattern="*-*-",
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    return wrap(model, config, case)
+
+
 def optimizer_config(case: Case, **changes: Any) -> OptimizerConfig:
     return OptimizerConfig(
         **{
@@ -200,9 +242,14 @@ def optimizer_config(case: Case, **changes: Any) -> OptimizerConfig:
     )
 
 
+def plain(name: str) -> str:
+    """`name` without Megatron's wrappers."""
+    return re.sub(r"^(module\.)+", "", name)
+
+
 def global_name(name: str, case: Case) -> str:
     """`name` as it is called in a model that is not cut over pipeline stages or expert ranks."""
-    name = re.sub(r"^(module\.)+", "", name)
+    name = plain(name)
     stage = parallel_state.get_pipeline_model_parallel_rank() * (LAYERS // case.pp)
     name = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + stage}", name)
     first = parallel_state.get_expert_model_parallel_rank() * (EXPERTS // case.ep)
@@ -217,27 +264,33 @@ def cut_dim(name: str, parameter: torch.Tensor) -> int | None:
     return dim if dim >= 0 else None
 
 
-def _halves(name: str, case: Case) -> int:
+def _halves(name: str) -> int:
     """A SwiGLU projection is [gate; up], each cut on its own."""
     return 2 if "linear_fc1" in name else 1
 
 
 def initialise(model: Any, case: Case) -> None:
     for local, parameter in model.named_parameters():
-        name = global_name(local, case)
-        if parameter.dim() < 2:
-            continue
-        dim, shape = cut_dim(name, parameter), list(parameter.shape)
-        size = _cut_size(parameter, case)
-        if dim is not None:
-            shape[dim] *= size
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        full = torch.randn(shape, generator=generator) * case.init_scale
-        if dim is not None and size > 1:
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            halves = full.chunk(_halves(name, case), dim)
-            full = torch.cat([h.chunk(size, dim)[rank] for h in halves], dim)
-        parameter.data.copy_(full)
+        if parameter.dim() >= 2:
+            name = global_name(local, case)
+            full = _by_name(name, parameter, name, case) * case.init_scale
+            parameter.data.copy_(_own_part(full, parameter, name, case))
+
+
+def _by_name(seed: str, parameter: torch.Tensor, name: str, case: Case) -> torch.Tensor:
+    """Standard normal numbers that depend on `seed` alone, in the shape of the whole parameter."""
+    dim, shape = cut_dim(name, parameter), list(parameter.shape)
+    if dim is not None:
+        shape[dim] *= _cut_size(parameter, case)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(seed.encode())))
+
+
+def _own_part(full: torch.Tensor, parameter: torch.Tensor, name: str, case: Case) -> torch.Tensor:
+    dim, size = cut_dim(name, parameter), _cut_size(parameter, case)
+    if dim is None or size == 1:
+        return full
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return torch.cat([half.chunk(size, dim)[rank] for half in full.chunk(_halves(name), dim)], dim)
 
 
 def _cut_size(parameter: torch.Tensor, case: Case) -> int:
@@ -273,31 +326,64 @@ def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor
     return output, loss
 
 
+def backward(model: Any, optimizer: Any, data: Iterator[torch.Tensor]) -> float:
+    """Gradients of one global batch; its mean loss, on every rank."""
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=data,
+        model=[model],
+        num_microbatches=MICROBATCHES // data_ranks(),
+        seq_length=TOKENS,
+        micro_batch_size=SEQUENCES,
+        forward_only=False,
+    )
+    total = torch.tensor([sum(float(o["loss"]) for o in outputs or [])], dtype=torch.float64)
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(total) / MICROBATCHES
+
+
 def train(model: Any, optimizer: Any, data: Iterator[torch.Tensor], steps: int) -> list[dict[str, float]]:
-    """Train and return the loss over all micro-batches and the gradient norm of each step (the same on all ranks)."""
+    """Train and return loss, gradient norm and whether the step was applied, of each step."""
     history = []
     for _ in range(steps):
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=data,
-            model=[model],
-            num_microbatches=MICROBATCHES // parallel_state.get_data_parallel_world_size(),
-            seq_length=TOKENS,
-            micro_batch_size=SEQUENCES,
-            forward_only=False,
-        )
+        loss = backward(model, optimizer, data)
         updated, norm, _ = optimizer.step()
-        total = torch.tensor([sum(float(o["loss"]) for o in outputs or [])], dtype=torch.float64)
-        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        if last:
-            dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
-        history.append(
-            {"loss": float(total) / MICROBATCHES, "norm": float(norm or 0.0), "updated": float(updated)}
-        )
+        history.append({"loss": loss, "norm": float(norm or 0.0), "updated": float(updated)})
     return history
+
+
+def data_ranks() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
+def scramble(model: Any) -> None:
+    """Weights that a checkpoint must replace."""
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+
+
+def in_memory(value: Any) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def set_gradients(model: Any, case: Case) -> dict[str, torch.Tensor]:
+    """Set this rank's part of gradients that depend on the names alone; those of matrices, whole."""
+    gradients = {}
+    for local, parameter in model.named_parameters():
+        name = global_name(local, case)
+        full = _by_name(f"gradient of {name}", parameter, name, case)
+        gradients[name] = full
+        parameter.main_grad.copy_(_own_part(full, parameter, name, case))
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, gradients)
+    return {name: value for part in everything for name, value in part.items()}
 
 
 def full_weights(model: Any, case: Case) -> dict[str, torch.Tensor]:
@@ -323,6 +409,6 @@ def full_weights(model: Any, case: Case) -> dict[str, torch.Tensor]:
         if dim is None:
             weights[name] = by_rank[0][0]
             continue
-        halves = [by_rank[r][0].chunk(_halves(name, case), dim) for r in sorted(by_rank)]
+        halves = [by_rank[r][0].chunk(_halves(name), dim) for r in sorted(by_rank)]
         weights[name] = torch.cat([torch.cat(column, dim) for column in zip(*halves, strict=True)], dim)
     return weights
