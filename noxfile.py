@@ -88,7 +88,11 @@ def kernels(session: nox.Session) -> None:
         "typer",
         "einops",
     )
-    session.install("-q", "--no-deps", "fla-core==0.6.0")  # its plain-torch functions are a peer; they need no Triton
+    session.install(
+        "-q", "--no-deps", "fla-core==0.6.0"
+    )  # its plain-torch functions are a peer; they need no Triton
+    # What Megatron's own Muon runs; all that it needs of Python 3.12 is a name in typing.
+    session.install("-q", "--no-deps", "--ignore-requires-python", "emerging-optimizers==0.3.0", "absl-py")
     install_project(session)
     run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/muonclip")
 
@@ -100,3 +104,20 @@ def vllm(session: nox.Session) -> None:
     session.install("-q", *TEST_TOOLS)
     session.install("-q", "--no-deps", "arctic-inference==0.1.1")  # vLLM's suffix drafter, for its test
     run_tests(session, "tests/vllm")
+
+
+# What megatron-core imports and does not ask for: psutil to write checkpoints, triton in 0.19.
+MEGATRON = {"0.16.1": ("psutil==7.2.2",), "0.19.2": ("psutil==7.2.2", "triton==3.9.0", "typing_extensions", "packaging")}
+
+
+@nox.session(python="3.11")
+@nox.parametrize("core", [nox.param(version, id=version) for version in MEGATRON])
+def megatron(session: nox.Session, core: str) -> None:
+    """Real Megatron processes over gloo on the CPU: MuonClip in every layout, and our flag in a training script."""
+    install_torch(session)
+    session.install("-q", *TEST_TOOLS[:2], *MEGATRON[core])
+    # 0.19 asks for Python 3.12, which two of its files need; the tests supply the one name that they lack.
+    newer = ["--no-deps", "--ignore-requires-python"] if core == "0.19.2" else []
+    session.install("-q", *newer, f"megatron-core=={core}")
+    install_project(session)
+    run_tests(session, "tests/megatron")
