@@ -88,9 +88,7 @@ def kernels(session: nox.Session) -> None:
         "typer",
         "einops",
     )
-    session.install(
-        "-q", "--no-deps", "fla-core==0.6.0"
-    )  # its plain-torch functions are a peer; they need no Triton
+    session.install("-q", "--no-deps", "fla-core==0.6.0")  # its plain-torch functions are a peer; they need no Triton
     # What Megatron's own Muon runs; all that it needs of Python 3.12 is a name in typing.
     session.install("-q", "--no-deps", "--ignore-requires-python", "emerging-optimizers==0.3.0", "absl-py")
     install_project(session)
