@@ -34,7 +34,7 @@ bool cpu_runs(const char* isa) {
 }  // namespace
 
 // Raised whenever a kernel's C signature changes; the Python side refuses any other number.
-KIMI_API int kimi_abi_version() { return 1; }
+KIMI_API int kimi_abi_version() { return 2; }
 
 // Was the library built with kernels for `isa`?
 KIMI_API int kimi_isa_built(const char* isa) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# The folder is attnres because a module must not share its name with a function exported here.
+# The folders attnres and projection: a module must not share its name with a function exported here.
 _MODULE_OF = {
     "chunk_kda": "kda",
     "fused_recurrent_kda": "kda",
@@ -20,7 +20,11 @@ _MODULE_OF = {
     "mla_paged_attention": "mla",
     "moe_experts": "moe",
     "moe_route": "moe",
-    "batched_linear": "linear",
+    "KdaDecodeLayer": "layers",
+    "MlaLayer": "layers",
+    "MoeLayer": "layers",
+    "linear": "projection",
+    "batched_linear": "projection",
     "newton_schulz": "muon",
     "qk_max_logits": "max_logit",
     "backend_report": "dispatch",

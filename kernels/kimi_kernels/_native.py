@@ -17,7 +17,7 @@ from typing import Any
 
 import torch  # first: its OpenMP runtime must be in the process before the library is
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAME = "libkimi_kernels_cpu.so"
 ISAS = ("avx512bf16", "avx512", "avx2", "generic")  # best first
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}

@@ -67,7 +67,6 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.forward_context:get_forward_context", (), "batch metadata"),
     Hook("vllm.forward_context:ForwardContext.attn_metadata", (), "batch metadata"),
     Hook("vllm.sequence:IntermediateTensors", ("tensors",), "pipeline parallelism"),
-    Hook(f"{_LAYERS}.activation:SiluAndMul.forward_cpu", ("x",), "feed-forward layers"),
     Hook(f"{_LAYERS}.layernorm:RMSNorm.variance_epsilon", (), "norms"),
     Hook("vllm.model_executor.custom_op:CustomOp.forward_cpu", (), "norms"),
     Hook("vllm._custom_ops:rms_norm", ("out", "input", "weight", "epsilon"), "norms"),
@@ -75,16 +74,6 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled", (), "pipeline parallelism on a CPU"),
     Hook(f"{_LAYERS}.layernorm:RMSNorm", ("hidden_size", "eps"), "norms"),
     Hook(f"{_LAYERS}.layernorm:RMSNorm.weight", (), "norms"),
-    Hook(
-        f"{_LAYERS}.linear:ReplicatedLinear",
-        ("input_size", "output_size", "bias", "prefix", "return_bias"),
-        "projections",
-    ),
-    Hook(
-        f"{_LAYERS}.linear:RowParallelLinear",
-        ("input_size", "output_size", "bias", "reduce_results", "prefix", "return_bias"),
-        "projections",
-    ),
     Hook(f"{_LAYERS}.logits_processor:LogitsProcessor", ("vocab_size",), "logits"),
     Hook(
         f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding",

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
@@ -19,7 +18,7 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from kimi_kernels import batched_linear, kda_decode, kda_prefill
+from kimi_kernels import KdaDecodeLayer, batched_linear, kda_decode, kda_prefill, linear
 from kimi_models import KimiLinearConfig
 
 
@@ -60,6 +59,10 @@ class KDAPart:
     has_state: torch.Tensor | None = None
     num_accepted: torch.Tensor | None = None
     fresh: torch.Tensor | None = None
+
+    def is_plain_decode(self, tokens: int) -> bool:
+        """Whether this part is all `tokens` tokens of a batch, and continues every sequence of it."""
+        return self.has_state is None and self.fresh is None and self.tokens == slice(0, tokens)
 
 
 @dataclass
@@ -119,8 +122,9 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
         m = common_attn_metadata
         columns = None
         if self.by_position:
-            last = ((m.seq_lens - 1) // self.kv_cache_spec.block_size).clamp_(min=0)
-            columns = last.unsqueeze(1) + torch.arange(1 + self.speculative, device=last.device)
+            columns = ((m.seq_lens - 1) // self.kv_cache_spec.block_size).clamp_(min=0).unsqueeze(1)
+            if self.speculative:
+                columns = columns + torch.arange(1 + self.speculative, device=columns.device)
         table = _state_table(m.block_table_tensor, columns)
         if self.speculative and num_decode_draft_tokens_cpu is not None and num_accepted_tokens is not None:
             drafted = num_decode_draft_tokens_cpu[: m.num_reqs] >= 0
@@ -133,6 +137,9 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
     ) -> Any:
         """The same batch for another group of layers."""
         table = _state_table(blk_table, metadata.columns)
+        first = metadata.parts[0]
+        if len(metadata.parts) == 1 and first.num_accepted is None:  # all requests, one state each: the common step
+            return KDAMetadata([replace(first, states=table[: len(first.states), 0].contiguous())], metadata.columns)
         parts = [
             replace(p, states=(table if p.states.dim() == 2 else table[:, 0])[p.rows].contiguous())
             for p in metadata.parts
@@ -140,7 +147,7 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
         return KDAMetadata(parts, metadata.columns)
 
     def _parts(self, m: CommonAttentionMetadata, states: torch.Tensor) -> list[KDAPart]:
-        if m.max_query_len == 1 and m.num_actual_tokens == m.num_reqs and bool((m.seq_lens > 1).all()):
+        if m.max_query_len == 1 and m.num_actual_tokens == m.num_reqs and int(m.seq_lens.min()) > 1:
             every = slice(0, m.num_reqs)
             return [KDAPart(every, every, states.contiguous())]
         lengths = m.query_start_loc_cpu.diff()
@@ -220,9 +227,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         self.width = self.num_heads * self.head_dim
         # Rows of the merged projection: q, k, v, decay down, gate down, beta.
         self.splits = (3 * self.width, 2 * self.head_dim, self.num_heads)
-        self.in_proj = ReplicatedLinear(
-            config.hidden_size, sum(self.splits), bias=False, prefix=f"{prefix}.in_proj", return_bias=False
-        )
+        self.in_proj = nn.Parameter(torch.empty(sum(self.splits), config.hidden_size), requires_grad=False)
         self.gate_up = nn.Parameter(torch.empty(2, self.width, self.head_dim), requires_grad=False)
         self.conv_weight = nn.Parameter(
             torch.empty(3 * self.width, la.short_conv_kernel_size, dtype=torch.float32), requires_grad=False
@@ -230,9 +235,8 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(self.width, dtype=torch.float32), requires_grad=False)
         self.norm_weight = nn.Parameter(torch.empty(self.head_dim, dtype=torch.float32), requires_grad=False)
-        self.o_proj = RowParallelLinear(
-            la.projection_size, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj", return_bias=False
-        )
+        self.o_proj = nn.Parameter(torch.empty(config.hidden_size, self.width), requires_grad=False)
+        self.decode_layer: KdaDecodeLayer | None = None  # made at first use, and again for other pools
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"layer name {prefix} is taken: build one model per engine")
@@ -255,7 +259,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
     def places(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(published name below the layer, local tensor) of every weight."""
         w, d = self.width, self.head_dim
-        rows = self.in_proj.weight.data.split([w, w, w, d, d, self.num_heads])
+        rows = self.in_proj.data.split([w, w, w, d, d, self.num_heads])
         for name, piece in zip(("q", "k", "v", "f_a", "g_a", "b"), rows):
             yield f"{name}_proj.weight", piece
         for name, piece in zip("qkv", self.conv_weight.data.split(w)):
@@ -265,21 +269,46 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         yield "A_log", self.A_log.data
         yield "dt_bias", self.dt_bias.data
         yield "o_norm.weight", self.norm_weight.data
-        yield "o_proj.weight", self.o_proj.weight.data
+        yield "o_proj.weight", self.o_proj.data
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]. A dry run of the engine (no metadata) leaves the state alone."""
-        metadata = self._metadata()
-        qkv, down, beta = self.in_proj(hidden_states).split(self.splits, dim=-1)
+        out = self._local(hidden_states, self._metadata())
+        return tensor_model_parallel_all_reduce(out) if self.tp_size > 1 else out
+
+    def _local(self, hidden: torch.Tensor, metadata: KDAMetadata | None) -> torch.Tensor:
+        """This rank's heads."""
+        tokens = hidden.shape[0]
+        if metadata is not None and len(metadata.parts) == 1 and metadata.parts[0].is_plain_decode(tokens):
+            part = metadata.parts[0]
+            if self.decode_layer is None or self.decode_layer.state.data_ptr() != self.kv_cache[1].data_ptr():
+                self.decode_layer = self._decode_layer()
+            return self.decode_layer(hidden, part.states, part.cu_seqlens, part.num_accepted)
+        qkv, down, beta = linear(hidden, self.in_proj).split(self.splits, dim=-1)
         down = down.unflatten(-1, (2, self.head_dim)).transpose(0, 1)
         gates = batched_linear(down, self.gate_up).unflatten(-1, (self.num_heads, self.head_dim))
-        make = hidden_states.new_zeros if metadata is None else hidden_states.new_empty
-        core = make((hidden_states.shape[0], self.width))
+        make = hidden.new_zeros if metadata is None else hidden.new_empty
+        core = make((tokens, self.width))
         if metadata is not None:
             conv_state, state = self.kv_cache
             for part in metadata.parts:
                 self._run(part, qkv, gates[0], beta, gates[1], conv_state, state, core)
-        return self.o_proj(core)
+        return linear(core, self.o_proj)
+
+    def _decode_layer(self) -> KdaDecodeLayer:
+        return KdaDecodeLayer(
+            self.in_proj,
+            self.gate_up,
+            self.o_proj,
+            self.conv_weight,
+            *self.kv_cache,
+            self.A_log,
+            self.dt_bias,
+            self.norm_weight,
+            num_heads=self.num_heads,
+            lower_bound=self.lower_bound,
+            norm_eps=self.norm_eps,
+        )
 
     def _metadata(self) -> KDAMetadata | None:
         metadata = get_forward_context().attn_metadata

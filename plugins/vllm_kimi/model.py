@@ -62,9 +62,9 @@ class KimiDecoderLayer(nn.Module):
         self.is_moe = config.is_moe_layer(self.index)
         self.mlp: KimiMoE | KimiMLP
         if self.is_moe:
-            self.mlp = KimiMoE(config, f"{prefix}.mlp")
+            self.mlp = KimiMoE(config)
         else:
-            self.mlp = KimiMLP(config.hidden_size, config.intermediate_size, f"{prefix}.mlp")
+            self.mlp = KimiMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.use_attn_res:

@@ -5,43 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
-from kimi_kernels import moe_experts, moe_route
+from kimi_kernels import MoeLayer, linear
 from kimi_models import KimiLinearConfig
-from vllm_kimi.norm import KimiSiluAndMul
+
+# With more tokens than this a dense layer is faster as two matrix products of torch.
+MOST_TOKENS = 128
 
 
 class KimiMLP(nn.Module):
     """SwiGLU, its width split over tensor-parallel ranks."""
 
-    def __init__(self, hidden_size: int, width: int, prefix: str) -> None:
+    def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        local = width // get_tensor_model_parallel_world_size()
-        self.local = local
-        self.gate_up_proj = ReplicatedLinear(
-            hidden_size, 2 * local, bias=False, prefix=f"{prefix}.gate_up_proj", return_bias=False
-        )
-        self.down_proj = RowParallelLinear(
-            width,
-            hidden_size,
-            bias=False,
-            prefix=f"{prefix}.down_proj",
-            return_bias=False,
-        )
-        self.act = KimiSiluAndMul()
+        self.tp_size = get_tensor_model_parallel_world_size()
+        self.local = width // self.tp_size
+        self.gate_up = nn.Parameter(torch.empty(2 * self.local, hidden_size), requires_grad=False)
+        self.down = nn.Parameter(torch.empty(hidden_size, self.local), requires_grad=False)
+        self.layer: MoeLayer | None = None  # made at first use, on the device that the weights are on then
 
     def places(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(published name below the layer, local tensor) of every weight."""
-        gate, up = self.gate_up_proj.weight.data.split(self.local)
+        gate, up = self.gate_up.data.split(self.local)
         yield "gate_proj.weight", gate
         yield "up_proj.weight", up
-        yield "down_proj.weight", self.down_proj.weight.data
+        yield "down_proj.weight", self.down.data
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.gate_up_proj(x)))
+        if x.shape[0] > MOST_TOKENS:
+            gate, up = linear(x, self.gate_up).chunk(2, dim=-1)
+            out = linear(F.silu(gate) * up, self.down)
+        else:
+            if self.layer is None:
+                self.layer = MoeLayer(None, None, self.gate_up.unsqueeze(0), self.down.unsqueeze(0))
+            out = self.layer(x)
+        return tensor_model_parallel_all_reduce(out) if self.tp_size > 1 else out
 
 
 class KimiMoE(nn.Module):
@@ -52,7 +53,7 @@ class KimiMoE(nn.Module):
     kernel call computes both.
     """
 
-    def __init__(self, config: KimiLinearConfig, prefix: str) -> None:
+    def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_token
         self.groups = config.num_expert_group
@@ -67,6 +68,7 @@ class KimiMoE(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.routed, dtype=torch.float32), requires_grad=False)
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * self.local, hidden), requires_grad=False)
         self.down = nn.Parameter(torch.empty(experts, hidden, self.local), requires_grad=False)
+        self.layer: MoeLayer | None = None  # made at first use, on the device that the weights are on then
 
     def places(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(published name below the layer, local tensor) of every weight."""
@@ -83,16 +85,20 @@ class KimiMoE(nn.Module):
             yield "shared_experts.down_proj.weight", down[self.routed :].transpose(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        experts, weights = moe_route(
-            x,
+        if self.layer is None:
+            self.layer = self._layer()
+        out = self.layer(x)
+        return tensor_model_parallel_all_reduce(out) if self.tp_size > 1 else out
+
+    def _layer(self) -> MoeLayer:
+        return MoeLayer(
             self.gate,
             self.bias,
-            self.top_k,
-            self.groups,
-            self.topk_group,
-            self.renormalize,
-            self.factor,
-            self.shared,
+            self.gate_up,
+            self.down,
+            top_k=self.top_k,
+            num_groups=self.groups,
+            topk_groups=self.topk_group,
+            renormalize=self.renormalize,
+            factor=self.factor,
         )
-        out = moe_experts(x, self.gate_up, self.down, experts, weights)
-        return tensor_model_parallel_all_reduce(out) if self.tp_size > 1 else out

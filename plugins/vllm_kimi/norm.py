@@ -1,14 +1,13 @@
-"""vLLM's norm and activation, on a CPU by its C++ kernels.
+"""vLLM's norm, on a CPU by its C++ kernels.
 
-In eager mode vLLM computes both from single torch operations there; at a decode step that costs several times
-the arithmetic.
+In eager mode vLLM computes it from single torch operations there; at a decode step that costs several times the
+arithmetic.
 """
 
 from __future__ import annotations
 
 import torch
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 
@@ -23,13 +22,4 @@ class KimiRMSNorm(RMSNorm):
             return x, residual
         out = torch.empty_like(x)
         ops.rms_norm(out, x, self.weight, self.variance_epsilon)
-        return out
-
-
-class KimiSiluAndMul(SiluAndMul):
-    """silu(x[..., :d]) * x[..., d:] for x of width 2 d."""
-
-    def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-        torch.ops._C.silu_and_mul(out, x)
         return out

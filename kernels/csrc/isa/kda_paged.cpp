@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "kda/layer.h"
+#include "kernels.h"
 
 namespace kimi::KIMI_ISA {
 namespace {
@@ -247,7 +248,9 @@ void kda_decode(const KdaArgs* args, KdaLayer* layer) {
   const TileShape s(args->K, args->V);
   const int64_t group = args->HV / args->H;
   const int64_t width = layer->conv_width;
-#pragma omp parallel num_threads(int(args->num_threads))
+  // Waking a thread costs more than a few small states.
+  const int team = args->N * args->HV * args->K * args->V < 1 << 16 ? 1 : int(args->num_threads);
+#pragma omp parallel num_threads(team) if (team > 1)
   {
     Scratch& scratch = thread_scratch();
     scratch.reset();

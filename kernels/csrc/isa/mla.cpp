@@ -8,6 +8,7 @@
 
 #include "dots.h"
 #include "isa.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace kimi::KIMI_ISA {

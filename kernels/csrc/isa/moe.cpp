@@ -8,6 +8,7 @@
 
 #include "dots.h"
 #include "isa.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace kimi::KIMI_ISA {
@@ -147,7 +148,7 @@ void moe_experts(const void* x, const void* w13, const void* w2, const int32_t* 
     g.token[next[ids[i]]] = i / k;
     g.weight[next[ids[i]]++] = weights[i];
   }
-  const int team = g.start[E] * I * D < 1 << 15 ? 1 : int(threads);
+  const int team = g.start[E] * I * D < 1 << 16 ? 1 : int(threads);
   if (dtype == 0) {
     experts(static_cast<const float*>(x), static_cast<const float*>(w13), static_cast<const float*>(w2), g,
             static_cast<float*>(out), tokens, E, D, I, team);

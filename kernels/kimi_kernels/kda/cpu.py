@@ -15,7 +15,7 @@ MAX_HEAD = 256  # csrc/kda/conv.h: kMaxHead
 
 _NO_STATES = States(None, 0, 0, 0, 0)
 _GATE_WORK = 40  # operations a gate value takes
-_GATE_NONE, _GATE_SOFTPLUS, _GATE_LOWER_BOUND = 0, 1, 2
+_GATE_NONE, GATE_SOFTPLUS, GATE_LOWER_BOUND = 0, 1, 2
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class _Call:
         if not options.gate:
             gate = _GATE_NONE
         else:
-            gate = _GATE_SOFTPLUS if options.lower_bound is None else _GATE_LOWER_BOUND
+            gate = GATE_SOFTPLUS if options.lower_bound is None else GATE_LOWER_BOUND
         self.value_heads, self.width, self.value_width = v.shape[2], width, v.shape[3]
         self.count = batch if offsets is None else offsets.shape[0] - 1
         self.args = KdaArgs(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _native, dispatch
 from ._layout import KdaArgs, KdaLayer, packer
-from .cpu import _GATE_LOWER_BOUND, _GATE_SOFTPLUS, MAX_HEAD
+from .cpu import GATE_LOWER_BOUND, GATE_SOFTPLUS, MAX_HEAD
 from .paged_reference import LayerOptions
 from .validation import layer_problem
 
@@ -18,10 +18,15 @@ MAX_CONV_WIDTH = 8  # csrc/kda/conv.h: kMaxConvWidth
 
 
 def _refuses(qkv, g, beta, gate, conv_weight, conv_state, state, *rest) -> str | None:
-    for name, x in (
-        ("qkv", qkv), ("g", g), ("beta", beta), ("gate", gate), ("conv_weight", conv_weight),
-        ("conv_state", conv_state),
-    ):  # fmt: skip
+    for name, x in (("qkv", qkv), ("g", g), ("beta", beta), ("gate", gate)):
+        if x.dtype not in _native.DTYPE_CODES:
+            return f"takes float32 or bfloat16, got {x.dtype} for {name}"
+    return layer_refusal(conv_weight, conv_state, state)
+
+
+def layer_refusal(conv_weight: Tensor, conv_state: Tensor, state: Tensor) -> str | None:
+    """Why the native kernels cannot take a layer's filters and pools, or None."""
+    for name, x in (("conv_weight", conv_weight), ("conv_state", conv_state)):
         if x.dtype not in _native.DTYPE_CODES:
             return f"takes float32 or bfloat16, got {x.dtype} for {name}"
     if max(state.shape[2:]) > MAX_HEAD:
@@ -101,7 +106,7 @@ def _call(
         0 if dt_bias is None else dt_bias.data_ptr(),
         *(state_indices.shape[0], qkv.shape[0], heads, value_heads, width, value_width),
         1,  # L2 norm
-        _GATE_SOFTPLUS if options.lower_bound is None else _GATE_LOWER_BOUND,
+        GATE_SOFTPLUS if options.lower_bound is None else GATE_LOWER_BOUND,
         1,  # sigmoid of beta
         torch.get_num_threads(),
         *(options.scale, options.lower_bound or 0.0, 1.0),

@@ -126,52 +126,61 @@ def check_layer(
     out: Tensor | None,
 ) -> None:
     """Shapes and dtypes of a serving call. Offsets and slots are checked where they are read."""
-    if state.dim() != 4 or state.dtype != torch.float32:
-        raise ValueError(f"state must be float32 [slots, HV, V, K], got {state.dtype} {tuple(state.shape)}")
     if qkv.dim() != 2:
         raise ValueError(f"qkv must have shape [T, 2*H*K + HV*V], got {tuple(qkv.shape)}")
     tokens, channels = qkv.shape
+    check_pools(conv_weight, conv_state, state, A_log, dt_bias, norm_weight, num_heads, head_dim, lower_bound)
+    check_rows(tokens, conv_weight, conv_state, state_indices, cu_seqlens, num_accepted_tokens)
     _, value_heads, value_width, width = state.shape
-    if width != head_dim:
-        raise ValueError(f"state must have K = head_dim = {head_dim} last, got {tuple(state.shape)}")
-    if num_heads < 1 or value_heads % num_heads:
-        raise ValueError(f"state must have a multiple of num_heads={num_heads} heads, got HV={value_heads}")
-    if channels != 2 * num_heads * width + value_heads * value_width:
-        raise ValueError(
-            f"qkv must have 2*H*K + HV*V = {2 * num_heads * width + value_heads * value_width} channels, got {channels}"
-        )
+    if channels != conv_weight.shape[0]:
+        raise ValueError(f"qkv must have 2*H*K + HV*V = {conv_weight.shape[0]} channels, got {channels}")
     if g.shape != (tokens, value_heads, width):
         check_shape("g", g, (tokens, value_heads, width), "[T, HV, K]")
     if beta.shape != (tokens, value_heads):
         check_shape("beta", beta, (tokens, value_heads), "[T, HV]")
     if gate.shape != (tokens, value_heads, value_width):
         check_shape("gate", gate, (tokens, value_heads, value_width), "[T, HV, V]")
+    if has_initial_state is not None and has_initial_state.shape != state_indices.shape[:1]:
+        check_shape("has_initial_state", has_initial_state, (state_indices.shape[0],), "[N]")
+    if out is not None and (
+        out.shape != (tokens, value_heads * value_width) or out.dtype != qkv.dtype or out.stride(1) != 1
+    ):
+        raise ValueError(
+            f"out must be {qkv.dtype} {(tokens, value_heads * value_width)} with contiguous rows, "
+            f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
+        )
+
+
+def check_pools(
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor | None,
+    norm_weight: Tensor,
+    num_heads: int,
+    head_dim: int,
+    lower_bound: float | None,
+) -> None:
+    """Shapes and dtypes of what a layer keeps from call to call."""
+    if state.dim() != 4 or state.dtype != torch.float32:
+        raise ValueError(f"state must be float32 [slots, HV, V, K], got {state.dtype} {tuple(state.shape)}")
+    _, value_heads, value_width, width = state.shape
+    if width != head_dim:
+        raise ValueError(f"state must have K = head_dim = {head_dim} last, got {tuple(state.shape)}")
+    if num_heads < 1 or value_heads % num_heads:
+        raise ValueError(f"state must have a multiple of num_heads={num_heads} heads, got HV={value_heads}")
+    channels = 2 * num_heads * width + value_heads * value_width
     if conv_weight.dim() != 2 or conv_weight.shape[0] != channels:
         raise ValueError(f"conv_weight must have shape [{channels}, W], got {tuple(conv_weight.shape)}")
-    entries = conv_weight.shape[1] - 1
-    if num_accepted_tokens is not None:
-        if state_indices.dim() != 2 or cu_seqlens is None:
-            raise ValueError("num_accepted_tokens needs cu_seqlens [N+1] and state_indices [N, S+1]")
-        entries += state_indices.shape[1] - 1
-    elif state_indices.dim() != 1:
-        raise ValueError(f"state_indices must have shape [N], got {tuple(state_indices.shape)}")
-    if conv_state.dim() != 3 or conv_state.shape[1] < entries or conv_state.shape[2] != channels:
+    if conv_state.dim() != 3 or conv_state.shape[2] != channels:
         raise ValueError(
-            f"conv_state must have shape [slots, >= {entries}, {channels}], got {tuple(conv_state.shape)}"
+            f"conv_state must have shape [slots, W-1+S, {channels}], got {tuple(conv_state.shape)}"
         )
     if conv_state.shape[0] != state.shape[0]:
         raise ValueError(
             f"conv_state has {conv_state.shape[0]} slots, state has {state.shape[0]}: pass one pool"
         )
-    count = state_indices.shape[0]
-    if cu_seqlens is not None and cu_seqlens.shape != (count + 1,):
-        check_shape("cu_seqlens", cu_seqlens, (count + 1,), "[N+1]")
-    if has_initial_state is not None and has_initial_state.shape != (count,):
-        check_shape("has_initial_state", has_initial_state, (count,), "[N]")
-    if num_accepted_tokens is not None and num_accepted_tokens.shape != (count,):
-        check_shape("num_accepted_tokens", num_accepted_tokens, (count,), "[N]")
-    if cu_seqlens is None and count > tokens:
-        raise ValueError(f"state_indices names {count} sequences, but qkv has {tokens} tokens")
     if A_log.numel() != value_heads:
         raise ValueError(f"A_log must have {value_heads} elements = [HV], got shape {tuple(A_log.shape)}")
     if dt_bias is not None and dt_bias.numel() != value_heads * width:
@@ -181,13 +190,36 @@ def check_layer(
     if norm_weight.shape != (value_width,):
         check_shape("norm_weight", norm_weight, (value_width,), "[V]")
     check_lower_bound(lower_bound)
-    if out is not None and (
-        out.shape != (tokens, value_heads * value_width) or out.dtype != qkv.dtype or out.stride(1) != 1
-    ):
+
+
+def check_rows(
+    tokens: int,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+) -> None:
+    """Shapes of what tells the sequences of one call apart."""
+    entries = conv_weight.shape[1] - 1
+    if num_accepted_tokens is not None:
+        if state_indices.dim() != 2 or cu_seqlens is None:
+            raise ValueError("num_accepted_tokens needs cu_seqlens [N+1] and state_indices [N, S+1]")
+        entries += state_indices.shape[1] - 1
+    elif state_indices.dim() != 1:
+        raise ValueError(f"state_indices must have shape [N], got {tuple(state_indices.shape)}")
+    if conv_state.shape[1] < entries:
         raise ValueError(
-            f"out must be {qkv.dtype} {(tokens, value_heads * value_width)} with contiguous rows, "
-            f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
+            f"conv_state must have shape [slots, >= {entries}, {conv_state.shape[2]}], "
+            f"got {tuple(conv_state.shape)}"
         )
+    count = state_indices.shape[0]
+    if cu_seqlens is not None and cu_seqlens.shape != (count + 1,):
+        check_shape("cu_seqlens", cu_seqlens, (count + 1,), "[N+1]")
+    if num_accepted_tokens is not None and num_accepted_tokens.shape != (count,):
+        check_shape("num_accepted_tokens", num_accepted_tokens, (count,), "[N]")
+    if cu_seqlens is None and count > tokens:
+        raise ValueError(f"state_indices names {count} sequences for {tokens} tokens: pass a row for each")
 
 
 # Numbered as LayerProblem in csrc/kda/args.h.

@@ -47,7 +47,7 @@ def test_reference_agrees_and_takes_what_the_native_path_does_not(monkeypatch):
     for row, factors, want in zip(ids.tolist(), weights.tolist(), oracle(x, gate, bias, 2, 1, 1, True, 1.0)):
         assert dict(zip(row, factors)) == pytest.approx(want, rel=1e-5)
     monkeypatch.setenv("KIMI_KERNELS_BACKEND", "cpu")
-    with pytest.raises(BackendError, match="takes float32 or bfloat16, got torch.float64"):
+    with pytest.raises(BackendError, match=r"takes float32 or bfloat16, got torch\.float64"):
         moe_route(x, gate, bias, 2)
 
 

@@ -1,4 +1,4 @@
-"""Batched linear maps as torch computes them."""
+"""Linear maps as torch computes them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+
+
+@dispatch.register("linear", "reference")
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight)
 
 
 @dispatch.register("batched_linear", "reference")

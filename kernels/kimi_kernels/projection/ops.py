@@ -1,4 +1,4 @@
-"""The custom op of batched linear maps: what torch.compile sees."""
+"""The custom ops of linear maps: what torch.compile sees."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from torch import Tensor
 from .. import dispatch
 from .._library import custom_op
 from . import cpu, reference  # noqa: F401  (register the backends)
+
+
+@custom_op("kimi::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return dispatch.run("linear", x.device, x, weight)
+
+
+@linear.register_fake
+def _(x, weight):
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @custom_op("kimi::batched_linear", mutates_args=())

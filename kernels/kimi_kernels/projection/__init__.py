@@ -1,4 +1,4 @@
-"""Small matrix products of a decode step, one per head or gate."""
+"""Matrix products of a decode step: projections, and one product per head or gate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,26 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["batched_linear"]
+__all__ = ["batched_linear", "linear"]
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """out[t] = weight x[t]. Inference only: there is no gradient. Sums are in float32.
+
+    Args:
+        x: [T, K]. weight: [N, K], in x's dtype.
+
+    Returns:
+        [T, N] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"weight must be [N, K] for x [T, K], got shapes {tuple(weight.shape)} and {tuple(x.shape)}"
+        )
+    return ops.linear(x, weight)
 
 
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
