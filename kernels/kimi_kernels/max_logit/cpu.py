@@ -8,7 +8,9 @@ from torch import Tensor
 from .. import dispatch
 from .reference import bound, sequences
 
-_QUERIES, _KEYS = 256, 512
+_QUERIES, _KEYS = 128, 256
+# Scores of a block, over the heads that it takes together.
+_SCORES = 1 << 18
 
 
 @dispatch.register("qk_max_logits", "cpu", native=False)
@@ -25,28 +27,49 @@ def qk_max_logits(
     acc = torch.promote_types(q.dtype, torch.float32)
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     largest, open_heads = bound(lse, threshold, heads)
-    out = q.new_full((heads,), float("-inf"), dtype=acc) if largest is None else largest.to(acc, copy=True)
-    if open_heads and largest is not None:
-        out[open_heads] = float("-inf")
+    out = q.new_full((heads,), float("-inf"), dtype=acc)
+    keys = sorted({h // group for h in open_heads})  # heads of k with an open head
+    queries = [h for key in keys for h in range(key * group, (key + 1) * group)]
     for x, y in sequences(q, k, cu_seqlens_q, cu_seqlens_k):
-        for h in open_heads:
-            best = _one_head(x[:, h].to(acc) * scale, y[:, h // group].to(acc), causal)
-            out[h] = torch.maximum(out[h], best)
+        if len(keys) < k.shape[2]:
+            x, y = x[:, :, queries], y[:, :, keys]
+        found = _largest(_by_head(x, group).to(acc) * scale, _by_head(y, 1).to(acc).squeeze(1), causal)
+        best = found.view(len(x), -1).amax(0)
+        out[queries] = torch.maximum(out[queries], best)
+    if largest is not None:
+        closed = torch.ones(heads, dtype=torch.bool)
+        closed[open_heads] = False
+        out = torch.where(closed, largest.to(acc), out)
     return out
 
 
-def _one_head(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """max of q [T, D] times k [S, D] over the visible pairs."""
-    shift = len(k) - len(q)
-    best = q.new_full((), float("-inf"))
-    for i in range(0, len(q), _QUERIES):
-        rows = q[i : i + _QUERIES]
-        seen = min(len(k), i + len(rows) + shift) if causal else len(k)
-        whole = min(max(i + shift + 1, 0), seen) if causal else seen  # keys that every row sees
-        for j in range(0, whole, _KEYS):
-            best = torch.maximum(best, (rows @ k[j : min(j + _KEYS, whole)].mT).amax())
-        if seen > whole:
-            scores = rows @ k[whole:seen].mT
-            hidden = torch.ones_like(scores, dtype=torch.bool).triu(i + shift + 1 - whole)
-            best = torch.maximum(best, scores.masked_fill(hidden, float("-inf")).amax())
+def _by_head(x: Tensor, group: int) -> Tensor:
+    """[N, T, HK * group, D] -> [N * HK, group, T, D]."""
+    return x.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+
+
+def _largest(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """[M, G]: max of q [M, G, T, D] times k [M, S, D] over the visible pairs."""
+    group, tokens = q.shape[1:3]
+    keys = k.shape[1]
+    shift = keys - tokens
+    best = q.new_full(q.shape[:2], float("-inf"))
+    height, width = min(_QUERIES, tokens), min(_KEYS, keys)
+    together = max(1, _SCORES // (group * height * width))
+    for m in range(0, len(q), together):
+        some, other = slice(m, m + together), k[m : m + together].mT
+        for i in range(0, tokens, height):
+            rows = q[some, :, i : i + height]
+            block = rows.flatten(1, 2)
+            seen = min(keys, i + rows.shape[2] + shift) if causal else keys
+            whole = min(max(i + shift + 1, 0), seen) if causal else seen  # keys that every row sees
+            for j in range(0, whole, width):
+                scores = torch.bmm(block, other[:, :, j : min(j + width, whole)])
+                best[some] = torch.maximum(best[some], scores.unflatten(1, (group, -1)).amax((2, 3)))
+            if seen > whole:
+                scores = torch.bmm(block, other[:, :, whole:seen]).unflatten(1, (group, -1))
+                hidden = scores.new_ones(scores.shape[2:], dtype=torch.bool).triu(i + shift + 1 - whole)
+                best[some] = torch.maximum(
+                    best[some], scores.masked_fill_(hidden, float("-inf")).amax((2, 3))
+                )
     return best

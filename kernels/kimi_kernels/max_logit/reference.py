@@ -1,4 +1,4 @@
-"""The largest logits in plain torch: one sequence and one head of keys at a time."""
+"""The largest logits in plain torch: one head at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .. import dispatch
 def sequences(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(q [T, H, D], k [S, HK, D]) of each sequence that has a pair."""
+    """(q [N, T, H, D], k [N, S, HK, D]) of sequences of one length that have a pair: all, or one by one if packed."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        pairs = list(zip(q, k))
+        pairs = [(q, k)]
     else:
         tq, tk = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        pairs = [(q[0, a:b], k[0, c:d]) for a, b, c, d in zip(tq, tq[1:], tk, tk[1:])]
-    return ((x, y) for x, y in pairs if len(x) and len(y))
+        pairs = [(q[:, a:b], k[:, c:d]) for a, b, c, d in zip(tq, tq[1:], tk, tk[1:])]
+    return ((x, y) for x, y in pairs if len(x) and x.shape[1] and y.shape[1])
 
 
 def bound(lse: Tensor | None, threshold: float | None, heads: int) -> tuple[Tensor | None, list[int]]:
@@ -46,10 +46,10 @@ def qk_max_logits(
     largest, open_heads = bound(lse, threshold, heads)
     out = q.new_full((heads,), float("-inf"), dtype=acc)
     for x, y in sequences(q, k, cu_seqlens_q, cu_seqlens_k):
-        last = torch.arange(len(x), device=q.device) + len(y) - len(x)
-        hidden = torch.arange(len(y), device=q.device) > last[:, None]
+        last = torch.arange(x.shape[1], device=q.device) + y.shape[1] - x.shape[1]
+        hidden = torch.arange(y.shape[1], device=q.device) > last[:, None]
         for h in open_heads:
-            scores = (x[:, h].to(acc) @ y[:, h // group].to(acc).mT) * scale
+            scores = (x[:, :, h].to(acc) @ y[:, :, h // group].to(acc).mT) * scale
             if causal:
                 scores = scores.masked_fill(hidden, float("-inf"))
             out[h] = torch.maximum(out[h], scores.amax())
