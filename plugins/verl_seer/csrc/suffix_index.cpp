@@ -150,8 +150,9 @@ void SuffixIndex::trim(int64_t keep) {
   std::vector<Sequence> old;
   old.swap(sequences_);
   states_ = std::vector<State>(1);
-  edges_ = {};
-  hash_ = {};
+  // Assigning {} would keep the memory.
+  std::vector<Edge>().swap(edges_);
+  std::vector<Slot>().swap(hash_);
   hashed_ = 0;
   for (const Sequence& s : old) {
     const int64_t length = static_cast<int64_t>(s.tokens.size());

@@ -11,23 +11,23 @@ from verl_seer.simulate.drafts import Drafting
 from verl_seer.simulate.rollout import Divided, Policy, Whole
 from verl_seer.simulate.workload import Cluster, Workload
 
-# Requests, group size, mean and greatest length, GPUs per instance: the paper's table of workloads. Bytes of a KV token:
-# MLA latents, or 8 KV heads of 128 in 80 layers. KV tokens: the memory of an instance's H800s at 90 %, less weights, over
-# those bytes; half of that for Moonlight and Kimi-K2 (fitted: the trainer shares the GPUs). Cost of a token: floating
-# point operations at 400 TFLOP/s a GPU; of a KV token: its bytes at 2 TB/s a GPU. Prompts and correlation are assumed.
-# `sigma`, `fixed` and `per_request` are fitted so that the group-level baseline has about the paper's rollout and
-# tail times; docs/seer.md has both.
+# Requests, group size, mean and greatest length, GPUs per instance: the paper's table of workloads. Bytes of a KV
+# token: MLA latents, or 8 KV heads of 128 in 80 layers. KV tokens: the memory of an instance's H800s at 90 %, less
+# weights, over those bytes; half of that for Moonlight and Kimi-K2 (fitted: the trainer shares the GPUs). Cost of a
+# token: floating point operations at 400 TFLOP/s a GPU; of a KV token: its bytes at 2 TB/s a GPU. Prompts and
+# correlation are assumed. `sigma`, `fixed` and `per_request` are fitted so that the group-level baseline has about the
+# paper's rollout and tail times; docs/seer.md has both.
 WORKLOADS = {
     w.name: w
     for w in (
         Workload(
             "moonlight", 3200, 8, 256, 22386, 65536, 0.7, 0.8,
-            Cluster(32, 600_000, 512, StepModel(0.0217, 1.43e-4, 1.5e-5, 1.5e-8, 1e-6, 20_000, 1.6e6), 31_104),
+            Cluster(32, 600_000, 512, StepModel(0.0203, 1.52e-4, 1.5e-5, 1.5e-8, 1e-6, 20_000, 1.6e6), 31_104),
             "Moonlight",
         ),
         Workload(
-            "qwen2-vl-72b", 9600, 16, 1024, 7615, 40960, 0.9, 0.8,
-            Cluster(16, 1_300_000, 1024, StepModel(0.030, 2e-4, 4.5e-5, 2e-8, 1e-6, 20_000, 6e5), 327_680),
+            "qwen2-vl-72b", 9600, 16, 1024, 7615, 40960, 1.1, 0.8,
+            Cluster(16, 1_300_000, 1024, StepModel(0.0349, 5.17e-6, 4.5e-5, 2e-8, 1e-6, 20_000, 6e5), 327_680),
             "Qwen2-VL-72B",
         ),
         Workload(
