@@ -9,6 +9,7 @@ from typing import Any
 from launcher import Job
 
 TAU = 0.05  # the small models' logits reach it, so that clipping is part of every run
+SHARDINGS = ("fully_reshardable", "dp_reshardable")  # formats that both versions can read and write
 CLIPS = {"tau": TAU}
 NO_CLIP = {"tau": float("inf")}
 
@@ -25,11 +26,6 @@ def newer() -> bool:
     """Megatron 0.19 and later."""
     version = importlib.import_module("megatron.core.package_info").__version__
     return tuple(int(x) for x in version.split(".")[:2]) >= (0, 19)
-
-
-def shardings() -> tuple[str, ...]:
-    """Formats of the distributed optimizer's checkpoints; 0.19 can no longer save the last."""
-    return ("fully_reshardable", "dp_reshardable", *(() if newer() else ("fully_sharded_model_space",)))
 
 
 def one_step(model: str = "gpt", muon: dict[str, Any] | None = None, **case: Any) -> Job:
@@ -137,8 +133,8 @@ def two(folder: Path) -> dict[str, Job]:
         ),
         "states": ("states", setup(distributed=True)),
         "refuse groups": ("train", {"case": {"tp": 2}, "model": {"num_query_groups": 1}}),
-        **{f"save {kind}": ("save", checkpoint(folder, kind)) for kind in shardings()},
-        **{f"resume {kind}": ("resume", checkpoint(folder, kind)) for kind in shardings()},
+        **{f"save {kind}": ("save", checkpoint(folder, kind)) for kind in SHARDINGS},
+        **{f"resume {kind}": ("resume", checkpoint(folder, kind)) for kind in SHARDINGS},
         "save tp": ("save", {"folder": str(folder / "tensor"), **setup(tp=2)}),
         "resume tp": ("resume", {"folder": str(folder / "tensor"), **setup(tp=2)}),
         "save moe": ("save", {"folder": str(folder / "moe"), **setup("moe", ep=2, distributed=True)}),

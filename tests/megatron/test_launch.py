@@ -82,8 +82,7 @@ def test_start_up_costs_next_to_nothing() -> None:
     package = importlib.util.find_spec("megatron_kimi")
     assert package is not None and package.submodule_search_locations
     folder = Path(package.submodule_search_locations[0])
-    file = folder.parent / PTH if installed() else folder / PTH
-    line = file.read_text()
+    line = next(f for f in (folder.parent / PTH, folder / PTH) if f.is_file()).read_text()
     assert len(line.splitlines()) == 1 and line.startswith("import ")  # else Python takes it for a path
     code, took = compile(line, PTH, "exec"), []
     for _ in range(200):
@@ -95,6 +94,10 @@ def test_start_up_costs_next_to_nothing() -> None:
 
 def losses(output: str) -> list[float]:
     return [float(x) for x in re.findall(r"lm loss: (\S+)", output)]
+
+
+def reports(output: str) -> list[str]:
+    return re.findall(r"\[MuonClip\] iteration .*", output)
 
 
 real = pytest.mark.skipif(not jobs.newer(), reason="megatron.training 0.16 is in no wheel: see the stand-in")
@@ -118,7 +121,10 @@ def test_a_script_trains_saves_and_resumes(tmp_path: Path) -> None:
     again = ["--load", str(tmp_path), "--ckpt-step", "3"]
     second = torchrun(1, ["-m", "megatron_kimi.launch", str(SCRIPT), *FLAGS, *MUON, *again])
     assert second.returncode == 0, second.stdout[-5000:]
-    assert losses(second.stdout) == whole[3:]
+    restarted = losses(second.stdout)
+    # Megatron's first report after a restart is repeated in the mean of the second
+    assert (restarted[0], restarted[2]) == (whole[3], whole[5])
+    assert reports(second.stdout) == reports(first.stdout)[3:]
 
 
 @real
@@ -136,10 +142,7 @@ def test_two_processes_by_the_environment() -> None:
 @real
 @needs_wheel
 @pytest.mark.slow
-def test_help_and_refusals_come_before_training() -> None:
-    shown = torchrun(1, [str(SCRIPT), "--help", "--use-muonclip"])
-    for flag in ("--muonclip-tau", "--muonclip-momentum", "--muonclip-adamw", "--muonclip-per-head"):
-        assert flag in shown.stdout
+def test_refusals_come_before_training() -> None:
     refused = torchrun(1, [str(SCRIPT), *FLAGS, "--use-muonclip", "--muonclip-tau", "0"])
     assert refused.returncode != 0
     assert "tau must be positive" in refused.stdout and "--muonclip-tau" in refused.stdout
@@ -167,6 +170,15 @@ def test_the_hook_on_a_stand_in_of_016() -> None:
         1, ["-m", "megatron_kimi.launch", str(STANDIN), "--use-muonclip", "--optimizer", "sgd"]
     )
     assert refused.returncode != 0 and "--optimizer must be adam" in refused.stdout
+
+
+def test_the_wrapper_lists_the_flags() -> None:
+    """Megatron 0.19's own --help fails on Python 3.11 and 3.12, on a stray per cent sign."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_kimi.launch", "--help"], capture_output=True, text=True, check=True
+    )
+    for flag in ("--use-muonclip", "--muonclip-tau", "--no-muonclip-nesterov", "--muonclip-adamw"):
+        assert flag in done.stdout
 
 
 def test_the_wrapper_says_what_it_needs() -> None:

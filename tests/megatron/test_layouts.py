@@ -144,7 +144,7 @@ def test_resume_bit_for_bit(one: dict[str, Any], kind: str) -> None:
     same_bits(one[f"resume {kind}"], one[f"save {kind}"])
 
 
-@pytest.mark.parametrize("kind", [*jobs.shardings(), "tp", "moe"])
+@pytest.mark.parametrize("kind", [*jobs.SHARDINGS, "tp", "moe"])
 def test_resume_shards_bit_for_bit(two: dict[str, Any], kind: str) -> None:
     same_bits(two[f"resume {kind}"], two[f"save {kind}"])
 
