@@ -12,11 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from verl_seer.budget import BudgetConfig, best_length, draft_budget, time_per_token
-from verl_seer.simulate.costs import PATHS, BatchCosts, acceptance
+from verl_seer.budget import BudgetConfig, best_length, draft_budget, time_per_token, tokens_per_step
+from verl_seer.simulate.costs import PATHS, SIBLINGS, BatchCosts, acceptance
 from verl_seer.simulate.engine import Engine
 
-REFRESH_STEPS = 256.0  # drafts are planned again after so many steps
+REFRESH_STEPS = 128.0  # drafts are planned again after so many steps
+LONGEST = 16  # longest draft that can be asked for
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Drafting:
     length: int | None = None
     multi_path: bool = False
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+
+    def __post_init__(self) -> None:
+        longest = self.budget.gamma_max if self.length is None else self.length
+        if not 1 <= longest <= LONGEST:
+            raise ValueError(f"length and budget.gamma_max must be in 1..{LONGEST}, got {longest}")
 
 
 class GroupProgress:
@@ -55,15 +61,17 @@ class GroupProgress:
         return np.where(siblings < 0, 0.0, share).sum(axis=1)
 
 
-@lru_cache(maxsize=100_000)
-def _rate(sixteenths: int, paths: int, length: int) -> float:
-    alpha = acceptance(sixteenths / 16, paths)
-    return (1 - alpha ** (length + 1)) / (1 - alpha)
+@lru_cache
+def _rates(paths: int) -> np.ndarray:
+    """Tokens a step by known siblings, in sixteenths up to the table's last, and draft length."""
+    steps = np.arange(16 * SIBLINGS[-1] + 1) / 16
+    return np.array(
+        [[tokens_per_step(acceptance(n, paths), length) for length in range(LONGEST + 1)] for n in steps]
+    )
 
 
 def plan(engine: Engine, probes: np.ndarray, progress: GroupProgress, drafting: Drafting) -> None:
     """Sets the engine's draft tokens and every request's tokens a step. `probes`: mask of the high class."""
-    batch = engine.running
     known = progress.known_siblings(engine, drafting)
     mean = round(float(known.mean()) * 4) / 4
     if drafting.length is not None:
@@ -72,11 +80,9 @@ def plan(engine: Engine, probes: np.ndarray, progress: GroupProgress, drafting: 
         paths, high, low = _adaptive(engine, int(probes.sum()), mean, drafting)
     lengths = np.where(probes, high, low)
     engine.draft_tokens = float(lengths.sum() * paths)
-    engine.rate = np.ones(batch)
-    sixteenths = np.round(known * 16).astype(int)
-    for key in set(zip(sixteenths.tolist(), lengths.tolist())):
-        if key[1]:
-            engine.rate[(sixteenths == key[0]) & (lengths == key[1])] = _rate(key[0], paths, key[1])
+    rates = _rates(paths)
+    sixteenths = np.minimum(np.round(known * 16).astype(int), len(rates) - 1)
+    engine.rate = rates[sixteenths, lengths]
 
 
 def _adaptive(engine: Engine, high: int, siblings: float, drafting: Drafting) -> tuple[int, int, int]:

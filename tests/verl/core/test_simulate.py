@@ -66,7 +66,7 @@ def token_by_token(lengths, prompt, kv, running, costs):
 
 @pytest.mark.parametrize(("kv", "running"), [(100_000, 64), (100_000, 5), (4000, 64), (2500, 64)])
 def test_skipping_to_events_is_stepping_token_by_token(kv, running):
-    """Events fall inside steps here, and a preemption may take another step or victim: 2 % of the time, 15 % of those."""
+    """An event may fall inside a step here, and another request be its victim: 2 % of the time, 15 % of the counts."""
     lengths = np.random.default_rng(0).integers(50, 900, 40).tolist()
     costs = dataclasses.replace(COSTS, per_kv=1e-6)
     time, preemptions, recomputed = token_by_token(lengths, 20, kv, running, costs)
@@ -146,10 +146,10 @@ def test_a_move_costs_a_transfer_and_a_stay_does_not():
 
 
 def test_drafting_is_faster_and_grouped_drafts_are_longer_than_an_instances_own():
-    samples = groups([[300] * 8] * 4)
-    plain = simulate(samples, cluster(4, kv=100_000), Whole())
-    own = simulate(samples, cluster(4, kv=100_000), Whole(drafting=Drafting("instance", length=8)))
-    shared = simulate(samples, cluster(4, kv=100_000), Whole(drafting=Drafting("group", length=8)))
+    samples = groups([[3000] * 8] * 4)
+    plain = simulate(samples, cluster(4, kv=200_000), Whole())
+    own = simulate(samples, cluster(4, kv=200_000), Whole(drafting=Drafting("instance", length=8)))
+    shared = simulate(samples, cluster(4, kv=200_000), Whole(drafting=Drafting("group", length=8)))
     assert plain.accepted_length is None
     assert 1 < own.accepted_length < shared.accepted_length
     assert shared.makespan < own.makespan < plain.makespan
@@ -234,6 +234,7 @@ def test_a_bad_trace_is_named_with_its_line(tmp_path, text, said):
         (lambda: synthesize(WORKLOADS["moonlight"], 0, correlation=1.5), r"correlation must be in \[0, 1\]"),
         (lambda: cluster(instances=0), "instances must be at least 1"),
         (lambda: cluster(fixed=0), "fixed must be positive"),
+        (lambda: Drafting("group", length=17), r"must be in 1\.\.16, got 17"),
         (lambda: cluster(per_kv=-1), "per_kv must not be negative"),
     ],
 )
