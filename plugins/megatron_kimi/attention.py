@@ -49,6 +49,7 @@ class AttentionLayer:
         groups: key heads on this rank; None for MLA.
         rows: (parameter, layout of its rows on this rank) of the projections that a clip scales.
         largest: [heads] float32, the largest logits of this step so far.
+        stale: what `core` reports of itself belongs to a step that is over.
     """
 
     name: str
@@ -56,11 +57,16 @@ class AttentionLayer:
     heads: int
     groups: int | None
     rows: tuple[tuple[nn.Parameter, Split], ...]
-    largest: Tensor | None = field(default=None)
+    largest: Tensor | None = None
+    stale: bool = False
 
     def record(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of `core`: queries [s, b, h, d] and keys [s, b, g, d], or packed [t, h, d]."""
-        if not self.core.training or reports_itself(self.core):
+        if not self.core.training:
+            return
+        if reports_itself(self.core):
+            if self.stale:
+                self.core.current_max_attn_logits, self.stale = None, False
             return
         query, key = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(("query", "key")))
         packed = kwargs.get("packed_seq_params")
@@ -77,17 +83,18 @@ class AttentionLayer:
         self.largest = logits if self.largest is None else torch.maximum(self.largest, logits)
 
     def take(self, device: torch.device) -> Tensor:
-        """[heads] float32 largest logits since the last call, -inf where none was recorded."""
-        largest = self.core.current_max_attn_logits if reports_itself(self.core) else self.largest
+        """[heads] float32 largest logits of this step, -inf where none was recorded; ends the step."""
+        largest = self.largest
+        if reports_itself(self.core) and not self.stale:
+            largest = self.core.current_max_attn_logits
         self.reset()
         if largest is None:
             return torch.full((self.heads,), float("-inf"), device=device)
         return largest.detach().float()
 
     def reset(self) -> None:
-        self.largest = None
-        if reports_itself(self.core):
-            self.core.current_max_attn_logits = None
+        """End the step. What `core` reports stays until the next forward pass: Megatron logs it after the step."""
+        self.largest, self.stale = None, True
 
 
 def reports_itself(core: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -86,11 +87,12 @@ def _reporter(chain: MuonClipChain, args: Any) -> Callable[[bool], None] | None:
     if chain.clip is None:
         return None
     clip, interval = chain.clip, max(1, getattr(args, "log_interval", 100))
-    state = {"step": int(getattr(args, "iteration", 0) or 0)}
+    steps = itertools.count(1)
 
     def report(successful: bool) -> None:
-        state["step"] += 1
-        if state["step"] % interval:
+        # where a loaded checkpoint starts is known only after the optimizer has been built
+        step = int(getattr(args, "iteration", 0) or 0) + next(steps)
+        if step % interval:
             return
         layers = _over_model(clip.summary() if successful else [])
         if not layers:
@@ -98,11 +100,11 @@ def _reporter(chain: MuonClipChain, args: Any) -> Callable[[bool], None] | None:
         largest = max(layer.largest for layer in layers)
         clipped, heads = sum(layer.clipped for layer in layers), sum(layer.heads for layer in layers)
         _print_once(
-            f" [MuonClip] iteration {state['step']}: largest attention logit {largest:.4g}, {clipped} of {heads} heads "
+            f" [MuonClip] iteration {step}: largest attention logit {largest:.4g}, {clipped} of {heads} heads "
             f"clipped | " + ", ".join(f"{layer.layer} {layer.largest:.4g}" for layer in layers)
         )
         values = {"max": largest, "clipped-heads": clipped / heads}
-        _write(values | {layer.layer: layer.largest for layer in layers}, state["step"])
+        _write(values | {layer.layer: layer.largest for layer in layers}, step)
 
     return report
 

@@ -78,7 +78,8 @@ def test_attention_that_reports_itself_is_believed(one: dict[str, Any]) -> None:
     result = one["itself"]
     assert "error" not in result, result["trace"]
     assert [row[1] for row in result["summary"]] == [4.0, 4.0]
-    assert result["left"] == [None, None]
+    assert result["kept"] == [True, True]  # Megatron's log reads them after the step
+    assert result["cleared"] == [True, True]
 
 
 @pytest.mark.skipif(not jobs.newer(), reason="HybridModel came with 0.19")

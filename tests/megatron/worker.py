@@ -293,8 +293,11 @@ def self_reported(**setup: Any) -> Any:
     for layer in optimizer.clip.layers:
         layer.core.current_max_attn_logits = torch.arange(1.0, layer.heads + 1)
     tiny.train(model, optimizer, tiny.batches(), 1)
-    left = [layer.core.current_max_attn_logits for layer in optimizer.clip.layers]
-    return {"summary": [tuple(row) for row in optimizer.clip.summary()], "left": left}
+    summary = [tuple(row) for row in optimizer.clip.summary()]
+    kept = [layer.core.current_max_attn_logits is not None for layer in optimizer.clip.layers]
+    tiny.backward(model, optimizer, tiny.batches())
+    cleared = [layer.core.current_max_attn_logits is None for layer in optimizer.clip.layers]
+    return {"summary": summary, "kept": kept, "cleared": cleared}
 
 
 @job
