@@ -7,7 +7,6 @@ flat shards of them. They hold for logits that are bilinear in the weights: a no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -104,9 +103,3 @@ def scale_flat_shard_(shard: Tensor, start: int, factors: Tensor, columns: int) 
         rows.mul_(factors[first // columns : last // columns, None])
     if end > last:
         shard[last - start :].mul_(factors[last // columns])
-
-
-def summary(max_logits: Sequence[Tensor], tau: float) -> dict[str, float]:
-    """For the log: the largest logit of all layers, and the part of all heads that were clipped."""
-    logits = torch.cat(list(max_logits))
-    return {"max_logit": logits.max().item(), "clipped_heads": (logits > tau).double().mean().item()}

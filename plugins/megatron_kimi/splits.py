@@ -191,11 +191,6 @@ def _kind(per_head: bool) -> Literal["joined", "heads"]:
     return "heads" if per_head else "joined"
 
 
-def whole(rows: int, columns: int) -> Split:
-    """A parameter that is one matrix."""
-    return Split(1, (Section("weight", rows),), columns)
-
-
 def stacked(rows: Mapping[str, int], columns: int, heads: Mapping[str, int] | None = None) -> Split:
     """Projections stacked in one parameter [sum of rows, columns], each its own matrix.
 

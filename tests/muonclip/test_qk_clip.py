@@ -16,7 +16,6 @@ from megatron_kimi.qk_clip import (
     latent_factors,
     scale_flat_shard_,
     scale_rows_,
-    summary,
 )
 from megatron_kimi.splits import fused_qkv, mla_key_value, mla_query, row_factors, split, stacked
 
@@ -201,8 +200,3 @@ def test_separate_projections_take_the_same_factors():
     fused = split(row_factors(fused_qkv(2, 4, 3, 5), factors)[:, None], fused_qkv(2, 4, 3, 1))
     assert torch.equal(row_factors(query, factors), fused["q"].flatten())
     assert torch.equal(row_factors(key, factors), fused["k"].flatten())
-
-
-def test_summary_for_the_log():
-    found = summary([torch.tensor([1.0, 7.0]), torch.tensor([120.0, 3.0])], 100.0)
-    assert found == {"max_logit": 120.0, "clipped_heads": 0.25}

@@ -19,7 +19,6 @@ from megatron_kimi.splits import (
     row_factors,
     split,
     stacked,
-    whole,
 )
 
 LAYOUTS = {
@@ -36,7 +35,7 @@ LAYOUTS = {
     "swiglu": stacked({"gate": 12, "up": 12}, 10),
     "experts fc1": grouped_fc1(3, 8, 12, gated=True),
     "experts fc2": grouped_fc2(3, 12, 8),
-    "whole": whole(12, 8),
+    "one matrix": stacked({"weight": 12}, 8),
 }
 
 
@@ -145,7 +144,7 @@ def test_column_parallel_shards_join_to_the_full_matrices(name, tp):
         assert torch.equal(whole_parameter[section], full)
 
 
-@pytest.mark.parametrize("name", ["qkv", "swiglu", "whole", "experts fc2"])
+@pytest.mark.parametrize("name", ["qkv", "swiglu", "one matrix", "experts fc2"])
 def test_row_parallel_shards_join_along_columns(name):
     layout = LAYOUTS[name]
     parameter = torch.randn(layout.shape)

@@ -33,7 +33,7 @@ def newton_schulz(x: Tensor, coefficients: list[float], eps: float, dtype: torch
 def _on_matrix(u: Tensor, triples: list[tuple[float, ...]]) -> Tensor:
     for a, b, c in triples:
         gram = _symmetric(u, u.mT)
-        u = torch.baddbmm(u, _symmetric(gram, gram, b, c), u, beta=a)
+        u = torch.baddbmm(u, _symmetric(gram, gram, gram, b, c), u, beta=a)
     return u
 
 
@@ -42,7 +42,7 @@ def _on_gram(u: Tensor, triples: list[tuple[float, ...]]) -> Tensor:
     gram = _symmetric(u, u.mT)
     product = None
     for n, (a, b, c) in enumerate(triples):
-        step = _symmetric(gram, gram, b, c)
+        step = _symmetric(gram, gram, gram, b, c)
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step if product is None else _symmetric(product, step)
         if n + 1 < len(triples):
@@ -50,20 +50,23 @@ def _on_gram(u: Tensor, triples: list[tuple[float, ...]]) -> Tensor:
     return torch.bmm(product, u)
 
 
-def _symmetric(left: Tensor, right: Tensor, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """beta * left + alpha * (left @ right), where that is symmetric: strips of the upper triangle, mirrored."""
+def _symmetric(
+    left: Tensor, right: Tensor, base: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """left @ right, or beta * base + alpha * (left @ right), where that is symmetric: upper strips, mirrored."""
     rows = left.shape[-2]
     strips = max(1, min(_MOST_STRIPS, rows // _STRIP))
-    if strips == 1:
-        return torch.baddbmm(left, left, right, beta=beta, alpha=alpha) if beta else torch.bmm(left, right)
-    out = left.new_empty(len(left), rows, rows)
     height = -(-rows // strips)
+    out = left.new_empty(len(left), rows, rows)
     for top in range(0, rows, height):
-        strip, end = left[:, top : top + height], min(top + height, rows)
-        product = out[:, top:end, top:]
-        if beta:
-            product.copy_(torch.baddbmm(strip[:, :, top:], strip, right[:, :, top:], beta=beta, alpha=alpha))
+        end = min(top + height, rows)
+        strip, rest = left[:, top:end], right[:, :, top:]
+        if base is None:
+            product = torch.bmm(strip, rest)
         else:
-            product.copy_(torch.bmm(strip, right[:, :, top:]))
-        out[:, end:, top:end] = out[:, top:end, end:].mT
+            product = torch.baddbmm(base[:, top:end, top:], strip, rest, beta=beta, alpha=alpha)
+        if strips == 1:
+            return product
+        out[:, top:end, top:] = product
+        out[:, end:, top:end] = product[:, :, end - top :].mT
     return out

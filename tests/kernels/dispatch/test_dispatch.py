@@ -138,6 +138,19 @@ def test_without_the_library_the_reference_runs_and_says_why(tmp_path):
     assert reason in seen["refused"]
 
 
+def test_ops_on_torch_products_need_no_library(tmp_path):
+    seen = run_python(
+        "import json, os, torch, kimi_kernels\n"
+        "os.environ['KIMI_KERNELS_BACKEND'] = 'cpu'\n"
+        "y = kimi_kernels.newton_schulz(torch.eye(3), 1, [(2.0, 0.0, 0.0)])\n"
+        "row = next(r for r in kimi_kernels.backend_report() if r.op == 'newton_schulz')\n"
+        "print(json.dumps({'y': y[0, 0].item(), 'row': row}))",
+        KIMI_KERNELS_LIBRARY=str(tmp_path / "absent.so"),
+    )
+    assert seen["y"] == pytest.approx(2 / 3**0.5)
+    assert seen["row"] == ["newton_schulz", "cpu", "cpu", "forced by KIMI_KERNELS_BACKEND, torch"]
+
+
 @pytest.mark.parametrize("name", ["generic", "sse9"])
 def test_instruction_set_by_environment(native, name):
     seen = run_python(
@@ -150,7 +163,9 @@ def test_instruction_set_by_environment(native, name):
     if name == "generic":
         assert seen == {"reason": None, "isa": "generic"}
     else:
-        assert seen["reason"] == "KIMI_KERNELS_ISA must be one of avx512bf16, avx512, avx2, generic, got 'sse9'"
+        assert (
+            seen["reason"] == "KIMI_KERNELS_ISA must be one of avx512bf16, avx512, avx2, generic, got 'sse9'"
+        )
 
 
 def test_instruction_set_that_cannot_be_used_is_refused():

@@ -52,6 +52,14 @@ def test_lower_precision_stays_near_float64(backend, shape, dtype, limit):
     assert error(y, exact(x)) < limit
 
 
+@pytest.mark.parametrize("triple", [(1.5, -0.5, 0.0), (1.2, 0.0, -0.1), (0.0, 0.7, 0.2), (2.0, 0.0, 0.0)])
+def test_zeros_among_the_coefficients(backend, triple, monkeypatch):
+    x = torch.randn(20, 30, dtype=torch.float64)
+    assert error(newton_schulz(x, 3, [triple]), exact(x, 3, [triple])) < 1e-12
+    monkeypatch.setattr(cpu, "_GRAM_ASPECT", 1)
+    assert error(newton_schulz(x, 3, [triple], dtype=torch.bfloat16), exact(x, 3, [triple])) < 5e-2
+
+
 @pytest.mark.parametrize("shape", [(2, 70, 90), (1, 64, 64)])
 def test_symmetric_products_by_strips(shape, monkeypatch):
     monkeypatch.setattr(cpu, "_STRIP", 16)
