@@ -92,7 +92,7 @@ def kernels(session: nox.Session) -> None:
     # What Megatron's own Muon runs; all that it needs of Python 3.12 is a name in typing.
     session.install("-q", "--no-deps", "--ignore-requires-python", "emerging-optimizers==0.3.0", "absl-py")
     install_project(session)
-    run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/muonclip")
+    run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/muonclip", "tests/verl/core")
 
 
 @nox.session(python="3.11")
