@@ -56,7 +56,12 @@ KIMI_API int64_t kimi_seer_add_sequence(SuffixIndex* index) {
   return guarded([&] { return static_cast<int64_t>(index->add_sequence()); });
 }
 
-KIMI_API int64_t kimi_seer_append(SuffixIndex* index, int32_t sequence, const int32_t* tokens, int64_t count) {
+// Returns the sequence's length; -2 - i, and nothing is added, if token i is not in [0, vocabulary).
+KIMI_API int64_t kimi_seer_append(SuffixIndex* index, int32_t sequence, const int32_t* tokens, int64_t count,
+                                  int32_t vocabulary) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (tokens[i] < 0 || tokens[i] >= vocabulary) return -2 - i;
+  }
   return guarded([&] {
     index->append(sequence, tokens, count);
     return index->tokens(sequence);

@@ -170,9 +170,13 @@ int64_t SuffixIndex::occurrences(const int32_t* pattern, int64_t count) const {
   return states_[state].count;
 }
 
-// Estimate of P(token | context), blended with the shorter contexts of up to `levels` states.
 double SuffixIndex::probability(Context context, int32_t token, int32_t levels, double smoothing) const {
-  const int32_t next = target(context.state, token);
+  return blend(context, target(context.state, token), token, levels, smoothing);
+}
+
+// Estimate of P(token | context), blended with the shorter contexts of up to `levels` states; `next` is the state that
+// the token leads to, -1 for none.
+double SuffixIndex::blend(Context context, int32_t next, int32_t token, int32_t levels, double smoothing) const {
   const double seen = next < 0 ? 0.0 : states_[next].count;
   const double total = states_[context.state].count;
   const int32_t link = states_[context.state].link;
@@ -186,7 +190,8 @@ void SuffixIndex::expand(Context context, double score, int32_t parent, int32_t 
                          const DraftOptions& options) {
   const size_t first = candidates_.size();
   Context at = context;
-  for (int32_t level = 0; level < options.levels; ++level) {
+  const size_t enough = first + static_cast<size_t>(options.max_paths);
+  for (int32_t level = 0; level < options.levels && candidates_.size() < enough; ++level) {
     while (at.state > 0 && states_[at.state].first_edge < 0) {
       at.state = states_[at.state].link;
       at.length = states_[at.state].length;
@@ -198,7 +203,8 @@ void SuffixIndex::expand(Context context, double score, int32_t parent, int32_t 
       bool there = false;
       for (size_t i = first; i < candidates_.size() && !there; ++i) there = candidates_[i].token == edge.token;
       if (there) continue;
-      const double p = score * probability(context, edge.token, options.levels, options.smoothing);
+      const double p = score * (level == 0 ? blend(context, edge.target, edge.token, options.levels, options.smoothing)
+                                           : probability(context, edge.token, options.levels, options.smoothing));
       if (p < options.min_score) continue;
       Context next{edge.target, at.length + 1};
       if (next.length >= max_depth_) next.length = max_depth_ - 1;

@@ -15,7 +15,7 @@ struct DraftOptions {
   int32_t max_tokens;  // tokens of the draft in all
   int32_t max_paths;   // leaves of the draft
   int32_t min_match;   // shortest context that is trusted
-  int32_t levels;      // contexts of falling length whose continuations are candidates
+  int32_t levels;      // contexts of falling length that are blended, and asked for candidates until there are max_paths
   int32_t reserved;
   double smoothing;    // weight of the next shorter context's estimate
   double min_score;    // least path probability of a drafted token
@@ -34,6 +34,7 @@ class SuffixIndex {
 
   int32_t add_sequence();
   int32_t sequences() const { return static_cast<int32_t>(sequences_.size()); }
+  // Token ids must not be negative.
   void append(int32_t sequence, const int32_t* tokens, int64_t count);
   int64_t tokens(int32_t sequence) const { return static_cast<int64_t>(sequences_[sequence].tokens.size()); }
 
@@ -84,6 +85,7 @@ class SuffixIndex {
   void step(Sequence& sequence, int32_t token);
   void shrink(Context& context) const;
   double probability(Context context, int32_t token, int32_t levels, double smoothing) const;
+  double blend(Context context, int32_t next, int32_t token, int32_t levels, double smoothing) const;
   void expand(Context context, double score, int32_t parent, int32_t depth, const DraftOptions& options);
   int32_t draft_from(Context context, const DraftOptions& options, std::vector<DraftToken>& out);
   uint64_t slot(int32_t state, int32_t token) const;

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import weakref
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from verl_seer.drafting.types import (
 
 ABI_VERSION = 1
 FILE_NAME = "libkimi_seer.so"
+_BAD_TOKEN = -2
 
 
 class NativeLibraryError(RuntimeError):
@@ -97,7 +99,7 @@ def _library() -> Any:
         ("new", pointer, [i32]),
         ("free", None, [pointer]),
         ("add_sequence", i64, [pointer]),
-        ("append", i64, [pointer, i32, pointer, i64]),
+        ("append", i64, [pointer, i32, pointer, i64, i32]),
         ("trim", i64, [pointer, i64]),
         ("occurrences", i64, [pointer, pointer, i64]),
         ("bytes", i64, [pointer]),
@@ -153,15 +155,23 @@ class NativeIndex:
 
         ValueError for a token id outside [0, vocab_size); nothing has been added then.
         """
-        new = check_tokens(tokens, self.vocab_size)
         sequence = self._sequences.get(request_id)
         if sequence is None:
+            check_tokens(tokens, self.vocab_size)
             sequence = _checked(self._lib.kimi_seer_add_sequence(self._index))
             self._sequences[request_id] = sequence
-        self._lengths[request_id] = _checked(
-            self._lib.kimi_seer_append(self._index, sequence, new.ctypes.data, len(new))
-        )
-        return self._lengths[request_id]
+        try:
+            # Through array, not numpy: for a few tokens numpy's checks cost more than the insert.
+            new = tokens if isinstance(tokens, array) and tokens.typecode == "i" else array("i", tokens)
+            address, count = new.buffer_info()
+            length = self._lib.kimi_seer_append(self._index, sequence, address, count, self.vocab_size)
+        except (TypeError, OverflowError):
+            length = _BAD_TOKEN
+        if length <= _BAD_TOKEN:
+            check_tokens(tokens, self.vocab_size)  # says which token, and why
+            raise ValueError(f"tokens must be one row of 32-bit integers, got {type(tokens).__name__}")
+        self._lengths[request_id] = _checked(length)
+        return length
 
     def tokens(self, request_id: str) -> int:
         """Tokens of a request that the index holds; 0 for a request that it has not seen."""

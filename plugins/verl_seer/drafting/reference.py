@@ -105,7 +105,7 @@ class ReferenceIndex:
         at = context = self._continued(context)
         for _ in range(options.levels):
             at = self._continued(at)
-            if not at or len(at) < options.min_match:
+            if not at or len(at) < options.min_match or len(found) >= options.max_paths:
                 break
             for token in self._after[at]:
                 p = score * self._probability(context, token, options.levels, options.smoothing)

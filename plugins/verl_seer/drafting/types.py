@@ -22,7 +22,8 @@ class DraftOptions:
         max_paths: leaves of the draft; 1 is a linear draft.
         max_tokens: tokens of the draft in all; None is max_length * max_paths.
         min_match: shortest context that is trusted.
-        levels: contexts of falling length whose continuations are candidates.
+        levels: contexts of falling length whose estimates are blended; the later ones give candidates only while
+            there are fewer than max_paths.
         smoothing: weight, in occurrences, of the next shorter context's estimate.
         min_score: least probability, by the index's own estimate, that a drafted token and all before it are
             accepted; candidates below it are left out.

@@ -19,6 +19,8 @@ class StepModel:
         per_token: of each token that the target model computes, drafted ones included.
         per_kv: of each KV token that the batch attends to.
         draft_per_token: of making one drafted token.
+        speculation: factor on the terms other than per_token of a step that verifies drafts: attention over several
+            queries, sampling and rejection, the drafter's own calls. At least 1.
         prefill_rate: tokens per second of a prompt, or of a preempted request that is computed again.
         transfer_rate: KV tokens per second between an instance and the global pool.
     """
@@ -30,6 +32,7 @@ class StepModel:
     draft_per_token: float
     prefill_rate: float
     transfer_rate: float
+    speculation: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("fixed", "prefill_rate", "transfer_rate"):
@@ -38,10 +41,15 @@ class StepModel:
         for name in ("per_request", "per_token", "per_kv", "draft_per_token"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.speculation >= 1:
+            raise ValueError(f"speculation must be at least 1, got {self.speculation}")
 
     def step(self, requests: int, tokens: float, kv_tokens: float) -> float:
         """Seconds of a step over `requests` requests and `tokens` tokens that attends to `kv_tokens`."""
-        return self.fixed + self.per_request * requests + self.per_token * tokens + self.per_kv * kv_tokens
+        rest = self.fixed + self.per_request * requests + self.per_kv * kv_tokens
+        if tokens > requests:
+            rest *= self.speculation
+        return rest + self.per_token * tokens
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ class Engine:
         tokens = self.running + self.draft_tokens
         return self.costs.step(self.running, tokens, self.kv) + self.costs.draft_per_token * self.draft_tokens
 
+    def _per_kv(self) -> float:
+        """Seconds that one more KV token adds to a step."""
+        c = self.costs
+        return c.per_kv * c.speculation if self.draft_tokens else c.per_kv
+
     def steps_to_event(self, most: float) -> float:
         """Steps until a chunk ends or the KV memory is full, at most `most`."""
         growth = float(self.rate.sum())
@@ -76,9 +81,7 @@ class Engine:
         if not self.running:
             return float("inf")
         s = self.steps_to_event(most)
-        return (
-            self.time + self.stall + s * (self._linear() + self.costs.per_kv * float(self.rate.sum()) * s / 2)
-        )
+        return self.time + self.stall + s * (self._linear() + self._per_kv() * float(self.rate.sum()) * s / 2)
 
     def advance(self, time: float) -> None:
         """Runs up to `time`."""
@@ -94,7 +97,7 @@ class Engine:
         if seconds <= 0:
             return
         growth = float(self.rate.sum())
-        linear, square = self._linear(), 2 * self.costs.per_kv * growth
+        linear, square = self._linear(), 2 * self._per_kv() * growth
         steps = 2 * seconds / (linear + np.sqrt(linear * linear + square * seconds))
         progress = np.minimum(self.rate * steps, self.left)
         self.left = self.left - progress
