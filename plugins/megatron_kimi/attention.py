@@ -137,7 +137,11 @@ def attention_layers(model: nn.Module, tensor_size: int, context_size: int) -> l
 
 
 def _layer_name(path: str, module: Any) -> str:
-    return f"{'mtp ' if path.startswith('mtp.') else ''}layer {module.layer_number}"
+    """ "layer 3" of the decoder; other stacks, such as a vision tower or "mtp", have their own numbers and name."""
+    stack, _, rest = path.partition("layers.")
+    stack = stack.strip(".")
+    index = int(rest.split(".")[0]) + 1 if stack.startswith("mtp") else module.layer_number
+    return f"layer {index}" if stack == "decoder" else f"{stack} layer {index}"
 
 
 def _check(name: str, module: Any, config: Any, context_size: int) -> None:

@@ -51,7 +51,7 @@ def get_megatron_muonclip_optimizer(
     """
     options = MuonClipOptions() if options is None else options
     compat.require()
-    _refuse(config, model_chunks, pg_collection)
+    _refuse(config, model_chunks)
 
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -61,6 +61,7 @@ def get_megatron_muonclip_optimizer(
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(
         pg_collection, list(model_chunks), use_gloo_process_groups
     )
+    _refuse_groups(groups)
     tensor, expert_tensor = _tensor_groups(pg_collection)
     clip = _qk_clip(options, model_chunks, tensor.size, groups["dp_cp_group"])
     weights = [
@@ -112,7 +113,7 @@ def _inner_optimizer() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _refuse(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> None:
+def _refuse(config: Any, model_chunks: Sequence[Any]) -> None:
     if not model_chunks:
         raise ValueError("model_chunks must have at least one chunk, got none")
     ddp = getattr(model_chunks[0], "ddp_config", None)
@@ -145,11 +146,14 @@ def _refuse(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> Non
     for name, on in unsupported.items():
         if on:
             raise ValueError(f"{name} does not work with MuonClip: turn it off")
-    for name in ("gtp_remat", "expt_gtp_remat"):
-        group = getattr(pg_collection, name, None)
+
+
+def _refuse_groups(groups: dict[str, Any]) -> None:
+    for name in ("gtp_remat_group", "expt_gtp_remat_group"):
+        group = groups.get(name)
         if group is not None and torch.distributed.get_world_size(group) > 1:
             raise ValueError(
-                f"{name} (generalised tensor parallelism) does not work with MuonClip: turn it off"
+                f"generalised tensor parallelism ({name}) does not work with MuonClip: turn it off"
             )
 
 

@@ -125,7 +125,12 @@ def _over_model(own: list[LayerLogits]) -> list[LayerLogits]:
         merged[row.layer] = LayerLogits(
             row.layer, max(known.largest, row.largest), known.clipped + row.clipped, known.heads + row.heads
         )
-    return sorted(merged.values(), key=lambda row: (row.layer.startswith("mtp"), int(row.layer.split()[-1])))
+
+    def place(row: LayerLogits) -> tuple[str, int]:
+        stack, _, number = row.layer.rpartition("layer ")
+        return stack, int(number)
+
+    return sorted(merged.values(), key=place)
 
 
 def _write(values: dict[str, float], step: int) -> None:

@@ -51,8 +51,12 @@ def takes_adamw(name: str, parameter: nn.Parameter, patterns: Sequence[str]) -> 
         parameter.dim() != 2
         or getattr(parameter, "is_embedding_or_output_parameter", False)
         or any(part in ("embedding", "position_embeddings", "output_layer") for part in name.split("."))
-        or any(fnmatchcase(name, pattern) for pattern in patterns)
+        or _named(name, patterns)
     )
+
+
+def _named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def muon_weights(
@@ -71,7 +75,14 @@ def muon_weights(
     found, seen = [], set()
     for wrapped_name, parameter in model.named_parameters():
         name = plain_name(wrapped_name)
-        if not parameter.requires_grad or id(parameter) in seen or takes_adamw(name, parameter, patterns):
+        if not parameter.requires_grad or id(parameter) in seen:
+            continue
+        if takes_adamw(name, parameter, patterns):
+            if parameter.dim() == 3 and "experts" in name.split(".") and not _named(name, patterns):
+                raise ValueError(
+                    f"{name} {tuple(parameter.shape)} holds several experts in one weight, which is not taken apart: "
+                    f"use one weight an expert, or leave it to AdamW with --muonclip-adamw '{name}'"
+                )
             continue
         seen.add(id(parameter))
         expert = is_expert(parameter)

@@ -12,8 +12,13 @@ import torch
 pytestmark = pytest.mark.slow
 
 # Float32 sums in another order, amplified by three steps of Newton-Schulz (slope about 3.44^5 at small singular
-# values): losses of about 4 and weights of about 0.1 at learning rate 0.02. Measured: 2e-6 and 3e-6.
+# values). Weights are compared by the norm of the difference, relative: AdamW gives an element whose gradient is
+# rounding a full step of either sign. Measured: losses 2e-7, weights 2e-6.
 LOSS, WEIGHT = 2e-5, 1e-4
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
 
 
 def same_training(
@@ -26,9 +31,7 @@ def same_training(
         assert step["norm"] == pytest.approx(other["norm"], rel=1e-3)
     assert got["weights"].keys() == expected["weights"].keys()
     for name, value in got["weights"].items():
-        torch.testing.assert_close(
-            value, expected["weights"][name], rtol=0, atol=weight, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert distance(value, expected["weights"][name]) <= weight, name
 
 
 def test_training_is_not_trivial(one: dict[str, Any]) -> None:
@@ -36,8 +39,7 @@ def test_training_is_not_trivial(one: dict[str, Any]) -> None:
     assert one["gpt"]["history"][0]["loss"] != pytest.approx(one["gpt"]["history"][2]["loss"], abs=1e-3)
     assert any(clipped for _, _, clipped, _ in one["gpt"]["clip"])
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    moved = (one["gpt"]["weights"][name] - one["unclipped"]["weights"][name]).abs().max()
-    assert moved > 10 * WEIGHT
+    assert distance(one["gpt"]["weights"][name], one["unclipped"]["weights"][name]) > 100 * WEIGHT
 
 
 @pytest.mark.parametrize(
@@ -62,13 +64,13 @@ def test_experts_and_extra_heads(one: dict[str, Any], two: dict[str, Any], layou
 
 
 def test_bf16_weights_with_shards(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """Model weights are bfloat16, so a last bit of a gradient may differ: one part in 256 of weights of about 0.3."""
-    same_training(two["zero, bf16"], one["bf16"], loss=2e-3, weight=8e-3)
+    """Model weights round to one part in 256, gradients to theirs. Measured: losses 3e-5, weights 7e-3."""
+    same_training(two["zero, bf16"], one["bf16"], loss=2e-3, weight=2e-2)
 
 
 def test_bfloat16_arithmetic_with_shards(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """The paper's arithmetic: the same rounding of the gathered matrix, whoever gathers it; see above."""
-    same_training(two["bfloat16 zero"], one["bfloat16 arithmetic"], loss=4e-3, weight=1.6e-2)
+    """The paper's arithmetic: a gathered matrix is rounded as a whole one is. Measured: no difference."""
+    same_training(two["bfloat16 zero"], one["bfloat16 arithmetic"], loss=2e-3, weight=2e-2)
 
 
 @pytest.mark.parametrize(("once", "everywhere"), [("tp", "tp, everywhere"), ("zero", "zero, everywhere")])
