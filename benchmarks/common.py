@@ -9,6 +9,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -82,8 +83,31 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def print_result(benchmark: str, ratios: Sequence[Ratio], **extra: object) -> None:
-    """Print a table of the ratios and, as the last line, `RESULT {json}`."""
+def plot_ratios(path: Path, title: str, ratios: Sequence[Ratio]) -> None:
+    """Bars of the ratios with their spread; a tick marks each goal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.32 * len(ratios)))
+    rows = range(len(ratios))
+    spread = [[r.value - r.low for r in ratios], [r.high - r.value for r in ratios]]
+    axis.barh(rows, [r.value for r in ratios], xerr=spread, capsize=3, color="tab:blue", alpha=0.8)
+    axis.plot([r.goal for r in ratios], rows, "k|", markersize=14, label="goal")
+    axis.axvline(1.0, color="grey", linewidth=0.8)
+    axis.set_yticks(rows, [r.name for r in ratios], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def print_result(benchmark: str, ratios: Sequence[Ratio], save: Path | None = None, **extra: object) -> None:
+    """Print a table of the ratios and, as the last line, `RESULT {json}`; `save` is a file for the same json."""
     table(
         f"{benchmark}: ratios",
         ["what against whom", "value", "low", "high", "goal", "better"],
@@ -98,4 +122,7 @@ def print_result(benchmark: str, ratios: Sequence[Ratio], **extra: object) -> No
         "ratios": {r.name: {k: v for k, v in asdict(r).items() if k != "name"} for r in ratios},
         **extra,
     }
+    if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        save.write_text(json.dumps(body, indent=1) + "\n")
     print("RESULT " + json.dumps(body), flush=True)

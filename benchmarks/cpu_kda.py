@@ -239,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats: under 50 seconds")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the plot"
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the plot and the figures"
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -252,7 +252,7 @@ def main() -> None:
         peers = {}
 
     prefill, ratios = measure_prefill(QUICK if arguments.quick else FULL, peers)
-    decode, decode_ratios = measure_decode([1, 32] if arguments.quick else [1, 2, 4, 8, 16, 32, 64], 9)
+    decode, decode_ratios = measure_decode([1, 32] if arguments.quick else [1, 2, 4, 8, 16, 32, 64], 31)
     ratios += decode_ratios
     table(
         "Prefill, K = V = 128, one thread",
@@ -277,11 +277,15 @@ def main() -> None:
             for row in decode
         ],
     )  # fmt: skip
-    plot = arguments.out / ("cpu_kda_quick.png" if arguments.quick else "cpu_kda.png")
+    name = "cpu_kda_quick" if arguments.quick else "cpu_kda"
+    plot = arguments.out / f"{name}.png"
     draw(prefill, decode, plot)
     print(f"plot: {plot}")
     absent = [] if peers else ["transformers"]
-    print_result("cpu_kda", ratios, prefill=prefill, decode=decode, peers_absent=absent, plot=str(plot))
+    print_result(
+        "cpu_kda", ratios, arguments.out / f"{name}.json",
+        prefill=prefill, decode=decode, peers_absent=absent, plot=plot.name,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
