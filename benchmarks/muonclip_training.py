@@ -1,0 +1,355 @@
+"""What MuonClip does to a training run: attention logits held at tau, and fewer steps than AdamW needs.
+
+python -m benchmarks.muonclip_training [--quick] [--threads N] [--out FOLDER]
+
+A small decoder (bytes, rotary attention without norms on query or key, SwiGLU) learns the standard library's text.
+
+Logits: a learning rate far above the best one, with Muon alone and with MuonClip, same data and start. The largest
+logit of a step is measured in its forward pass, thus after the clip of the step before and one update since.
+Steps: AdamW and MuonClip each with its best learning rate of a sweep; then MuonClip in shorter runs, each with its
+own whole schedule, and the length at which it reaches AdamW's held-out loss, by interpolation. Losses and steps are
+no timings; they repeat on one machine for one number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import Ratio, machine, print_result, table
+from kimi_kernels import qk_max_logits
+from kimi_models.training.corpus import Document, load_corpus, shuffled, split
+from megatron_kimi.optimizer import MuonClip, MuonClipConfig
+from megatron_kimi.qk_clip import attention_factors, scale_rows_
+from megatron_kimi.splits import Split, fused_qkv, row_factors, stacked
+
+TAU = 100.0
+PAPER_RATIO = 0.52  # FLOPs of Muon to AdamW's loss, Moonlight, section 3.3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    optimizer: str  # "adamw", "muon" (no clip) or "muonclip"
+    lr: float
+    steps: int
+    batch: int = 16
+    length: int = 128
+    warmup: int = 20
+    cooldown: float = 0.6  # the last part of the run, in which the learning rate falls to zero
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        left = (self.steps - step) / self.steps
+        return self.lr * min(1.0, (step + 1) / self.warmup, left / self.cooldown if self.cooldown else 1.0)
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layout = fused_qkv(heads, heads, hidden // heads, hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.max_logits: Tensor | None = None
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        batch, tokens, hidden = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, self.heads, -1).chunk(3, -1)
+        q, k = _rotate(q, rotary), _rotate(k, rotary)
+        if self.training:
+            self.max_logits = qk_max_logits(q, k)
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, hidden))
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int, heads: int, ffn: int) -> None:
+        super().__init__()
+        self.attention, self.norm1, self.norm2 = (
+            Attention(hidden, heads),
+            nn.RMSNorm(hidden),
+            nn.RMSNorm(hidden),
+        )
+        self.layout = stacked({"gate": ffn, "up": ffn}, hidden)
+        self.fc1 = nn.Linear(hidden, 2 * ffn, bias=False)
+        self.fc2 = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), rotary)
+        gate, up = self.fc1(self.norm2(x)).chunk(2, -1)
+        return x + self.fc2(F.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    def __init__(self, hidden: int = 128, layers: int = 4, heads: int = 4, ffn: int = 384) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, hidden)
+        self.blocks = nn.ModuleList(Block(hidden, heads, ffn) for _ in range(layers))
+        self.norm = nn.RMSNorm(hidden)
+        self.head = nn.Linear(hidden, 256, bias=False)
+        self.width = hidden // heads
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                deep = name.endswith(("out.weight", "fc2.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if deep else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        angles = torch.outer(
+            torch.arange(tokens.shape[1]), 10000.0 ** (-torch.arange(0, self.width, 2) / self.width)
+        )
+        rotary = torch.polar(torch.ones_like(angles), angles)
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, rotary)
+        return self.head(self.norm(x))
+
+
+def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotary[:, None]).flatten(-2)
+
+
+def as_bytes(documents: list[Document]) -> Tensor:
+    text = "".join(d.text + "\n" for d in shuffled(documents, 0))
+    return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).astype(np.int64))
+
+
+def sample(data: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(len(data) - length - 1, (count,), generator=generator)
+    return torch.stack([data[s : s + length + 1] for s in starts.tolist()])
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, data: Tensor, length: int, batches: int = 8) -> float:
+    generator = torch.Generator().manual_seed(1)
+    model.eval()
+    losses = [loss_of(model, sample(data, 32, length, generator)).item() for _ in range(batches)]
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def build_optimizer(model: Decoder, run: Run) -> torch.optim.Optimizer:
+    """torch's AdamW on everything, or MuonClip with Muon on the matrices inside the blocks; one decay for all."""
+    inside = [p for p in model.blocks.parameters() if p.dim() == 2]
+    ids = {id(p) for p in inside}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW([*inside, *rest], run.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    layouts: dict[Tensor, Split] = {}
+    for block in model.blocks:
+        layouts |= {block.attention.qkv.weight: block.attention.layout, block.fc1.weight: block.layout}
+    return MuonClip(inside, rest, run.lr, MuonClipConfig(tau=TAU), layouts)
+
+
+@torch.no_grad()
+def clip(model: Decoder) -> None:
+    for n, block in enumerate(model.blocks):
+        attention = block.attention
+        factors = attention_factors(attention.max_logits, TAU, f"layer {n}")
+        scale_rows_(attention.qkv.weight, row_factors(attention.layout, factors))
+
+
+def train(run: Run, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Loss and largest logit of each step, and the held-out loss at the end; `data` is (training, held out)."""
+    torch.manual_seed(run.seed)
+    model = Decoder()
+    optimizer = build_optimizer(model, run)
+    generator = torch.Generator().manual_seed(run.seed)
+    losses, logits = [], []
+    for step in range(run.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate(step)
+        loss = loss_of(model, sample(data[0], run.batch, run.length, generator))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if run.optimizer == "muonclip":
+            clip(model)
+        optimizer.zero_grad()
+        losses.append(round(loss.item(), 4))
+        logits.append(round(max(block.attention.max_logits.max().item() for block in model.blocks), 2))
+    held_out = round(held_out_loss(model, data[1], run.length), 4)
+    print(
+        f"{run.optimizer} lr {run.lr:g}, {run.steps} steps: held-out loss {held_out}, "
+        f"largest logit {max(logits):.0f}",
+        flush=True,
+    )
+    return {**asdict(run), "loss": losses, "max_logit": logits, "held_out": held_out}
+
+
+def tune(start: Run, data: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
+    """Runs at learning rates a factor of two apart, until the best one has a worse one on both sides."""
+    runs = {factor: train(replace(start, lr=start.lr * factor), data) for factor in (1.0, 2.0, 0.5)}
+    while True:
+        best = min(runs, key=lambda factor: runs[factor]["held_out"])
+        missing = [factor for factor in (best / 2, best * 2) if factor not in runs]
+        if not missing:
+            return sorted(runs.values(), key=lambda run: run["held_out"])
+        for factor in missing:
+            runs[factor] = train(replace(start, lr=start.lr * factor), data)
+
+
+def steps_to(target: float, runs: list[dict[str, Any]]) -> float:
+    """Length of a run that ends at loss `target`, from runs of several lengths: linear in the log of both."""
+    runs = sorted(runs, key=lambda run: run["steps"])
+    if runs[0]["held_out"] <= target:
+        return runs[0]["steps"]
+    for short, long in itertools.pairwise(runs):
+        if long["held_out"] <= target:
+            fraction = math.log(short["held_out"] / target) / math.log(short["held_out"] / long["held_out"])
+            return short["steps"] * (long["steps"] / short["steps"]) ** fraction
+    return math.inf
+
+
+def draw(hot: list[dict], adamw: list[dict], muonclip: list[dict], lengths: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {"muon": "Muon alone", "muonclip": "MuonClip", "adamw": "AdamW"}
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5))
+    (logits, losses), (sweep, reach) = axes
+    for run in hot:
+        steps = range(1, len(run["loss"]) + 1)
+        logits.plot(steps, run["max_logit"], label=names[run["optimizer"]])
+        losses.plot(steps, run["loss"], label=f"{names[run['optimizer']]}, held out {run['held_out']:.3f}")
+    logits.axhline(TAU, color="k", linestyle=":", label="tau")
+    logits.set(
+        yscale="log", xlabel="step", ylabel="largest attention logit", title=f"Learning rate {hot[0]['lr']:g}"
+    )
+    losses.set(xlabel="step", ylabel="training loss (nats per byte)", title="The same two runs")
+    for runs in (adamw, muonclip):
+        ordered = sorted(runs, key=lambda run: run["lr"])
+        sweep.plot(
+            [r["lr"] for r in ordered],
+            [r["held_out"] for r in ordered],
+            "o-",
+            label=names[runs[0]["optimizer"]],
+        )
+    sweep.set(
+        xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per byte)",
+        title=f"Tuning, {adamw[0]['steps']} steps",
+    )  # fmt: skip
+    ordered = sorted(lengths, key=lambda run: run["steps"])
+    reach.plot(
+        [r["steps"] for r in ordered], [r["held_out"] for r in ordered], "o-", color="C1", label="MuonClip"
+    )
+    reach.plot([adamw[0]["steps"]], [adamw[0]["held_out"]], "s", color="C0", label="AdamW at its best rate")
+    reach.axhline(adamw[0]["held_out"], color="C0", linestyle=":")
+    reach.set(xlabel="steps of the whole run", ylabel="held-out loss", title="Each point is a run of its own")
+    for axis in axes.flat:
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="short runs, no tuning: under 50 seconds")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; sums and so losses depend on it a little"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder of the plot and the curves",
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    data = tuple(as_bytes(part) for part in split(load_corpus()))
+    small = {"batch": 8} if arguments.quick else {}
+
+    hot_steps = 60 if arguments.quick else 150
+    muon, clipped = (train(Run(name, 0.2, hot_steps, **small), data) for name in ("muon", "muonclip"))
+    over = [x / TAU for x in clipped["max_logit"] if x > TAU]
+    ratios = [
+        Ratio("largest logit, Muon alone, to 1000", *[max(muon["max_logit"]) / 1000] * 3, 1.0),
+        Ratio("largest logit, MuonClip, to tau", *[max(clipped["max_logit"]) / TAU] * 3, 1.5, "lower"),
+        Ratio(
+            "held-out loss, MuonClip to Muon alone",
+            *[clipped["held_out"] / muon["held_out"]] * 3,
+            1.01,
+            "lower",
+        ),
+    ]
+    if arguments.quick:
+        adamw, muonclip = (
+            [train(Run(n, lr, 30, **small), data)] for n, lr in (("adamw", 4e-3), ("muonclip", 2e-2))
+        )
+        lengths = muonclip
+        ratio = muonclip[0]["held_out"] / adamw[0]["held_out"]
+        ratios.append(
+            Ratio("held-out loss, MuonClip to AdamW, 30 steps, rates not tuned", *[ratio] * 3, 1.0, "lower")
+        )
+    else:
+        adamw, muonclip = tune(Run("adamw", 4e-3, 200), data), tune(Run("muonclip", 2e-2, 200), data)
+        best = Run("muonclip", muonclip[0]["lr"], 200)
+        lengths = [muonclip[0], *(train(replace(best, steps=n), data) for n in (140, 100, 70))]
+        ratio = steps_to(adamw[0]["held_out"], lengths) / adamw[0]["steps"]
+        ratios.append(
+            Ratio(
+                "steps to AdamW's final loss, MuonClip to AdamW, both tuned",
+                *[ratio] * 3,
+                PAPER_RATIO,
+                "lower",
+            )
+        )
+
+    table(
+        "Runs, best of each optimizer first",
+        ["run", "learning rate", "steps", "held-out loss", "largest logit"],
+        [
+            [
+                r["optimizer"],
+                f"{r['lr']:g}",
+                str(r["steps"]),
+                f"{r['held_out']:.4f}",
+                f"{max(r['max_logit']):.0f}",
+            ]
+            for r in [muon, clipped, *adamw, *muonclip, *lengths[1:]]
+        ],
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = "muonclip_training_quick" if arguments.quick else "muonclip_training"
+    draw([muon, clipped], adamw, muonclip, lengths, arguments.out / f"{name}.png")
+    runs = {"hot": [muon, clipped], "adamw": adamw, "muonclip": muonclip, "lengths": lengths[1:]}
+    curves = {
+        "machine": machine(),
+        "threads": arguments.threads,
+        "ratios": [asdict(r) for r in ratios],
+        "runs": runs,
+    }
+    (arguments.out / f"{name}.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    print(f"plot and curves: {arguments.out / name}.png, .json")
+    print_result(
+        "muonclip_training",
+        ratios,
+        steps_over_tau=len(over),
+        steps=hot_steps,
+        mean_excess=round(sum(over) / len(over) - 1, 3) if over else 0.0,
+    )
+
+
+if __name__ == "__main__":
+    main()
