@@ -20,6 +20,7 @@ namespace tent {
 namespace {
 
 constexpr double TICK = 2e-3;              // between two looks at busy links
+constexpr double LONGEST_LOOK = 5e-3;      // of a late look at a link, so much counts as silence
 constexpr double HOUSEKEEPING = 10.0;      // between two looks at sessions nobody uses
 constexpr double GOODBYE = 0.5;            // how long a closing engine waits for its notifications
 constexpr size_t READ_BUDGET = 4 << 20;    // bytes of one connection before the others get a turn
@@ -274,7 +275,7 @@ void Engine::load_peer(const std::string& agent, std::string_view blob) {
     };
     for (const Path& path : transport->paths(only(info_.endpoints), only(peer->info.endpoints), same_host))
       peer->links.push_back(
-          std::make_unique<Link>(path, transport.get(), first_rate(path), config_.stall_ms * 1e-3, 2 * TICK));
+          std::make_unique<Link>(path, transport.get(), first_rate(path), config_.stall_ms * 1e-3, std::min(LONGEST_LOOK, config_.stall_ms * 0.8e-3)));
   }
   if (peer->links.empty())
     throw std::invalid_argument("no address of agent '" + agent + "' can be reached from the links used here");

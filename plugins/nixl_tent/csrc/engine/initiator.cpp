@@ -202,8 +202,12 @@ void Engine::slice_finished(Connection& connection, double at) {
   const Header& header = connection.in.header;
   Link& link = *connection.link;
   if (!settle(link, header.transfer, header.slice, at)) return;
-  if (link.in_flight.empty() && peer.backlog > link.rate.bytes_per_second() * link.round_trip) link.depth.ran_dry();
-  else link.depth.kept_busy();
+  if (link.in_flight.empty() && peer.backlog > link.rate.bytes_per_second() * link.round_trip) {
+    link.depth.ran_dry();
+    link.rate.ran_dry();
+  } else {
+    link.depth.kept_busy();
+  }
   const auto found = peer.active.find(header.transfer);
   if (found == peer.active.end()) return;
   Transfer& transfer = *found->second;

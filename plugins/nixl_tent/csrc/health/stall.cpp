@@ -18,7 +18,7 @@ void StallClock::restart(double now, const Evidence& evidence) {
 }
 
 double StallClock::observe(double now, const Evidence& evidence) {
-  const double unseen = now - last_look_ > look_ ? now - last_look_ - look_ / 2 : 0;
+  const double unseen = std::max(0.0, now - last_look_ - look_);
   last_look_ = now;
   last_progress_ += unseen;
   last_sign_ += unseen;

@@ -16,8 +16,8 @@ struct Evidence {
 
 class StallClock {
  public:
-  // `look` is how far apart two looks are at most when all is well. Of a longer time between two looks (the link was
-  // idle, this process slept) only half a `look` counts: it takes several looks in a row to see a silence.
+  // Of the time between two looks at most `look` counts (the link may have been idle, this process asleep): less than
+  // `floor`, so that it takes several looks in a row to see a silence.
   StallClock(double floor_seconds, double look) : floor_(floor_seconds), look_(look) {}
 
   void restart(double now, const Evidence& evidence);

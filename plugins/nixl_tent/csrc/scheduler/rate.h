@@ -16,6 +16,10 @@ class RateEstimate {
 
   double bytes_per_second() const { return rate_; }
   bool measured() const { return measured_; }
+  // The link ran dry while there was work: part of what was taken for service was waiting for us. Without this, a
+  // link that was once taken for slow would get too little to ever prove the contrary.
+  void ran_dry();
+
   // A new connection: the old figure stays as a guess until there is enough to go by.
   void doubt();
 

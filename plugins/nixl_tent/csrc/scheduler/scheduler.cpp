@@ -7,6 +7,7 @@ namespace tent {
 namespace {
 
 constexpr double FIRST_WINDOW = 256 << 10;   // until the rate is known
+constexpr double LEAST_WINDOW = 128 << 10;   // with less, waking up would look like a slow link, and stay so
 constexpr double LARGEST_WINDOW = 16 << 20;
 constexpr uint32_t MOST_SLICES = 256;        // of one link; small slices are bounded by number, not by bytes
 constexpr double HEDGE_FACTOR = 2.0;         // a copy must promise to be so much faster than the original
@@ -34,7 +35,7 @@ double penalty(const LinkLoad& link) { return link.tier < LAST_RESORT ? TIER_PEN
 double window(const SchedulePolicy& policy, const LinkLoad& link) {
   if (!link.measured) return FIRST_WINDOW;
   const double flight = link.rate * (link.round_trip + std::max(policy.queue_seconds, link.queue_seconds));
-  return std::clamp(flight, 2 * policy.slice_min, LARGEST_WINDOW);
+  return std::clamp(flight, LEAST_WINDOW, LARGEST_WINDOW);
 }
 
 double predicted(const LinkLoad& link, double bytes) { return (link.outstanding + bytes) / link.rate; }
