@@ -47,6 +47,7 @@ class AttentionLayer:
         core: the module that gets queries and keys.
         heads: query heads on this tensor-parallel rank.
         groups: key heads on this rank; None for MLA.
+        scale: factor on the products of queries and keys.
         rows: (parameter, layout of its rows on this rank) of the projections that a clip scales.
         largest: [heads] float32, the largest logits of this step so far.
         stale: what `core` reports of itself belongs to a step that is over.
@@ -56,6 +57,7 @@ class AttentionLayer:
     core: nn.Module
     heads: int
     groups: int | None
+    scale: float
     rows: tuple[tuple[nn.Parameter, Split], ...]
     largest: Tensor | None = None
     stale: bool = False
@@ -70,16 +72,17 @@ class AttentionLayer:
             return
         query, key = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(("query", "key")))
         packed = kwargs.get("packed_seq_params")
-        causal = "causal" in str(
-            getattr(kwargs.get("attn_mask_type") or self.core.attn_mask_type, "name", "")
-        )
+        mask = kwargs.get("attn_mask_type") or self.core.attn_mask_type
+        causal = "causal" in getattr(
+            mask, "name", mask
+        )  # Megatron's enumeration or Transformer Engine's word
         offsets: dict[str, Tensor] = {}
         if packed is not None and packed.qkv_format == "thd":
             offsets = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_k": packed.cu_seqlens_kv}
             query, key = (x.reshape(1, -1, *x.shape[-2:]) for x in (query, key))
         else:
             query, key = query.transpose(0, 1), key.transpose(0, 1)
-        logits = qk_max_logits(query, key, _scale(self.core), causal, **offsets)
+        logits = qk_max_logits(query, key, self.scale, causal, **offsets)
         self.largest = logits if self.largest is None else torch.maximum(self.largest, logits)
 
     def take(self, device: torch.device) -> Tensor:
@@ -102,13 +105,14 @@ def reports_itself(core: nn.Module) -> bool:
     return hasattr(core, "current_max_attn_logits")
 
 
-def _scale(core: Any) -> float:
+def _scale(module: Any) -> float:
     """The factor on query-key products, with the layer's number in it where Megatron divides by that first."""
-    scale = getattr(core, "softmax_scale", None)
-    if scale is None:
-        scale = core.config.kv_channels**-0.5
+    core = module.core_attention
+    scale = next(
+        (m.softmax_scale for m in (core, module) if getattr(m, "softmax_scale", None) is not None), None
+    )
     coefficient = getattr(getattr(core, "scale_mask_softmax", None), "scale", None)
-    return float(scale) * float(coefficient or 1.0)
+    return float(module.config.kv_channels**-0.5 if scale is None else scale) * float(coefficient or 1.0)
 
 
 def attention_layers(model: nn.Module, tensor_size: int, context_size: int) -> list[AttentionLayer]:
@@ -179,7 +183,9 @@ def _plain_layer(name: str, module: Any, config: Any, tensor_size: int) -> Atten
         )
 
     rows = tuple((p, layout(p.numel() // p.shape[0])) for p in module.linear_qkv.parameters(recurse=False))
-    return AttentionLayer(name, module.core_attention, heads // tensor_size, groups // tensor_size, rows)
+    return AttentionLayer(
+        name, module.core_attention, heads // tensor_size, groups // tensor_size, _scale(module), rows
+    )
 
 
 def _latent_layer(name: str, module: Any, config: Any, tensor_size: int) -> AttentionLayer:
@@ -194,7 +200,7 @@ def _latent_layer(name: str, module: Any, config: Any, tensor_size: int) -> Atte
         (query, splits.mla_query(heads, nope, rope, query.shape[1])),
         (key, splits.mla_key_value(heads, nope, config.v_head_dim, key.shape[1])),
     )
-    return AttentionLayer(name, module.core_attention, heads, None, rows)
+    return AttentionLayer(name, module.core_attention, heads, None, _scale(module), rows)
 
 
 @dataclass
