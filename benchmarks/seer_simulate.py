@@ -1,8 +1,8 @@
 """Seer's scheduling in the simulator, beside the paper's figures and against today's stock verl.
 
-python -m benchmarks.seer_simulate [--quick] [--out FILE] [--pages FOLDER]
+python -m benchmarks.seer_simulate [--quick] [--seeds N] [--one-size] [--out FILE] [--pages FOLDER]
 
-For the paper's three workloads and three seeds: throughput and tail time of the old group-level baseline, stock verl
+For the paper's three workloads: throughput and tail time of the old group-level baseline, stock verl
 0.9.1, stock with priorities, stock with suffix decoding, Seer's techniques added in turn, and the oracle order. Then
 sweeps of one workload: correlation of lengths within a group down to 0, chunk size, fairness, and one run of 10,000
 requests on 64 instances. The step times are a fitted model (docs/seer.md); a figure says what the schedule
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,16 +137,20 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one seed, two workloads, short sweeps; under 50 s"
     )
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the lengths (default 3)")
+    parser.add_argument(
+        "--one-size", action="store_true", help="only the group size of the paper's table, not 8 and 16"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--pages", type=Path, help="folder for the report pages of the first seed")
     options = parser.parse_args()
-    seeds = (0,) if options.quick else (0, 1, 2)
+    seeds = tuple(range(1 if options.quick else options.seeds))
     names = [SWEPT, "qwen2-vl-72b"] if options.quick else list(WORKLOADS)
     studies: dict[str, dict] = {}
     ratios: list[Ratio] = []
     for name in names:
         w = WORKLOADS[name]
-        sizes = [w.group_size] if options.quick else [8, 16]
+        sizes = [w.group_size] if options.quick or options.one_size else [8, 16]
         for size in sizes:
             rows, runs = workload_study(w, seeds, size)
             title = f"{w.paper}, groups of {size}"
@@ -177,7 +182,7 @@ def main() -> None:
         extra["scale"] = scale(swept)
     if options.out:
         body = {
-            "command": "python -m benchmarks.seer_simulate", "machine": machine(),
+            "command": " ".join(["python -m benchmarks.seer_simulate", *sys.argv[1:]]), "machine": machine(),
             "ratios": [dataclasses.asdict(r) for r in ratios], **extra,
         }  # fmt: skip
         options.out.write_text(json.dumps(body, indent=1) + "\n")
