@@ -119,3 +119,25 @@ def megatron(session: nox.Session, core: str) -> None:
     session.install("-q", *newer, f"megatron-core=={core}")
     install_project(session)
     run_tests(session, "tests/megatron")
+
+
+NIXL = "nixl-cu13==1.5.1"
+NIXL_MATRIX = ("nixl-cu13==1.0.1", "nixl-cu13==1.3.2", "nixl-cu12==1.3.1", "nixl-cu12==1.5.1")
+
+
+@nox.session(python="3.11")
+def nixl(session: nox.Session) -> None:
+    """TENT in real NIXL processes, over links that break, and its engine under the sanitizers. CPU only.
+
+    NIXL's wheels ask for a CUDA torch that nothing here needs, so they are installed without what they require.
+    """
+    session.install("-q", *TEST_TOOLS, "numpy", "rich", "typer", "cmake", "ninja")
+    session.install("-q", "--no-deps", NIXL)
+    matrix = Path(session.virtualenv.location) / "matrix"
+    for requirement in NIXL_MATRIX:
+        folder = matrix / requirement.replace("==", "-")
+        if not folder.is_dir():
+            session.run_install("pip", "install", "-q", "--no-deps", "--target", str(folder), requirement)
+    install_project(session)
+    session.env["NIXL_MATRIX"] = str(matrix)
+    run_tests(session, "tests/nixl")

@@ -139,7 +139,7 @@ class Host:
         self.agent.release_xfer_handle(self.handles.pop(handle))
 
     def notify(self, agent: str, message: str) -> None:
-        self.agent.send_notif(agent, message.encode(), self.backend)
+        self.agent.send_notif(agent, message.encode())
 
     def notifications(self, count: int, timeout: float = 30.0) -> list[list[str]]:
         """Wait for `count` notifications as (agent, text); fewer when the time is over."""
