@@ -190,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     header, prompts, responses = load()
     groups = range(0, header["groups"], 6 if options.quick else 1)
-    targets = 2 if options.quick else 8
+    targets = 2  # responses of a group that are replayed
     drafters: dict[str, Drafter] = {"ours": ours}
     try:
         drafters["arctic, vLLM's limits"] = arctic({"max_spec_factor": 1.0, "min_token_prob": 0.1})
