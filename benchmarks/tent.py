@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer cases and repeats, below 50 s")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, smaller transfers, one repeat: below 50 s")
     parser.add_argument("--links", type=int, default=2)
     parser.add_argument("--mbit", type=float, default=800.0, help="rate of one link")
     parser.add_argument("--size", type=int, default=0, help="MiB of a large transfer; default 256, quick 64")
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the plot")
     arguments = parser.parse_args()
     repeats = arguments.repeats or (1 if arguments.quick else 5)
-    size = (arguments.size or (64 if arguments.quick else 256)) << 20
+    size = (arguments.size or (32 if arguments.quick else 256)) << 20
     chosen = cases(arguments.mbit, arguments.links)
     if arguments.quick:
         chosen = [case for case in chosen if case.name in ("healthy", "one at 1/4", "cut midway")]
