@@ -8,6 +8,7 @@ On a machine where `pip install torch` would take the CUDA build, name the index
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -23,15 +24,25 @@ REQUIREMENTS_VLLM_CPU = "plugins/vllm_kimi/requirements-cpu.txt"
 TEST_TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "matplotlib==3.11.2")
 
 
+_built = False  # whether this run of nox has built the wheel
+
+
 def install_torch(session: nox.Session) -> None:
     index = os.environ.get("TORCH_INDEX")
     session.install("-q", TORCH, "numpy", *(["--index-url", index] if index else []))
 
 
 def install_project(session: nox.Session) -> None:
-    """Build and install this checkout as a real wheel; in CI, compiler warnings are errors."""
-    strict = ["-Ccmake.define.KIMI_WERROR=ON"] if os.environ.get("CI") else []
-    session.install("-q", "--force-reinstall", "--no-deps", ".", *strict)
+    """Install this checkout as a wheel, built once for all sessions of a run; in CI, compiler warnings are errors."""
+    global _built
+    folder = Path(session.cache_dir) / "wheel"
+    if not _built:
+        shutil.rmtree(folder, ignore_errors=True)
+        strict = ["-Ccmake.define.KIMI_WERROR=ON"] if os.environ.get("CI") else []
+        session.run_install("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), ".", *strict)
+        _built = True
+    (wheel,) = folder.glob("*.whl")
+    session.install("-q", "--force-reinstall", "--no-deps", str(wheel))
 
 
 def install_vllm(session: nox.Session) -> None:
@@ -105,7 +116,10 @@ def vllm(session: nox.Session) -> None:
 
 
 # What megatron-core imports and does not ask for: psutil to write checkpoints, triton in 0.19.
-MEGATRON = {"0.16.1": ("psutil==7.2.2",), "0.19.2": ("psutil==7.2.2", "triton==3.9.0", "typing_extensions", "packaging")}
+MEGATRON = {
+    "0.16.1": ("psutil==7.2.2",),
+    "0.19.2": ("psutil==7.2.2", "triton==3.9.0", "typing_extensions", "packaging"),
+}
 
 
 @nox.session(python="3.11")
