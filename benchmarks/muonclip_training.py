@@ -209,8 +209,6 @@ def tune(start: Run, data: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
 def steps_to(target: float, runs: list[dict[str, Any]]) -> float:
     """Length of a run that ends at loss `target`, from runs of several lengths: linear in the log of both."""
     runs = sorted(runs, key=lambda run: run["steps"])
-    if runs[0]["held_out"] <= target:
-        return runs[0]["steps"]
     for short, long in itertools.pairwise(runs):
         if long["held_out"] <= target:
             fraction = math.log(short["held_out"] / target) / math.log(short["held_out"] / long["held_out"])
@@ -305,7 +303,9 @@ def main() -> None:
     else:
         adamw, muonclip = tune(Run("adamw", 4e-3, 200), data), tune(Run("muonclip", 2e-2, 200), data)
         best = Run("muonclip", muonclip[0]["lr"], 200)
-        lengths = [muonclip[0], *(train(replace(best, steps=n), data) for n in (140, 100, 70))]
+        lengths = [muonclip[0]]
+        while lengths[-1]["held_out"] <= adamw[0]["held_out"]:  # shorter and shorter, until one falls short
+            lengths.append(train(replace(best, steps=round(0.7 * lengths[-1]["steps"])), data))
         ratio = steps_to(adamw[0]["held_out"], lengths) / adamw[0]["steps"]
         ratios.append(
             Ratio(
