@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-TokenIds = Sequence[int] | NDArray[np.integer]
+TokenIds: TypeAlias = Sequence[int] | NDArray[np.integer]
 MAX_DEPTH = 64  # longest substring that is counted: context and draft together
 TOKEN_LIMIT = 2**31 - 1
 
