@@ -55,16 +55,18 @@ def threads_of_vllm() -> dict[str, str]:
     return {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 
 
-def throughput(model: Path, label: str, goal: float, work: Path, repeats: int, requests: int) -> list[Ratio]:
+def throughput(
+    model: Path, label: str, goal: float, work: Path, repeats: int, requests: int, sizes: tuple[int, ...]
+) -> list[Ratio]:
     prompts = workload(requests, 16, 1024 if requests >= 32 else 128, vocabulary=1000)
     with both_engines(model, work) as (ours, peer):
-        # The peer's best batch is found on a quarter of the outputs: it may take a minute a run.
-        candidates = {
-            size: peer.generate(prompts, 16, batch_size=size)["seconds"]
-            for size in (4, 8, 16, 32)
-            if size <= requests
-        }
-        best = min(candidates, key=lambda size: candidates[size])
+        # The peer's best batch is found on a quarter of the outputs: it may take minutes a run.
+        candidates = dict.fromkeys(size for size in sizes if size <= requests)
+        if len(candidates) > 1:
+            candidates = {
+                size: peer.generate(prompts, 16, batch_size=size)["seconds"] for size in candidates
+            }
+        best = min(candidates, key=lambda size: candidates[size] or 0.0)
         ours.generate(prompts, 64)
         a, b = take_turns(
             lambda: ours.generate(prompts, 64)["seconds"],
@@ -232,6 +234,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the committed checkpoint only, under 50 s")
     parser.add_argument("--part", action="append", choices=PARTS, help="measure only this; may be repeated")
+    parser.add_argument("--model", choices=("committed", "60M"), help="measure only this one (default: both)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[4, 8, 16, 32], help="batches of transformers to try, the best counts"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each side (default 5)")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder of the plots and the figures"
@@ -249,8 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         work = args.keep_logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
-        models: list[tuple[Path, str]] = [(CHECKPOINT, "committed")]
-        if not args.quick and {"throughput", "latency", "llama"} & set(parts):
+        models: list[tuple[Path, str]] = [] if args.model == "60M" else [(CHECKPOINT, "committed")]
+        if not args.quick and args.model != "committed" and {"throughput", "latency", "llama"} & set(parts):
             models.append((hybrid_60m(work), "60M"))
         for part in parts:
             if part == "context":
@@ -264,14 +270,15 @@ def main(arguments: list[str] | None = None) -> None:
             for model, label in models:
                 if part == "throughput":
                     ratios += throughput(
-                        model, label, 4.0, work, 2 if args.quick else args.repeats, 8 if args.quick else 32
-                    )
+                        model, label, 4.0, work, 2 if args.quick else args.repeats, 8 if args.quick else 32,
+                        tuple(args.batch),
+                    )  # fmt: skip
                 elif part == "latency":
                     ratios += latency(model, label, work, args.repeats)
                 else:
                     ratios += against_llama(model, label, work, args.repeats)
-    name = "_".join(("vllm_cpu", *(args.part or []), *(["quick"] if args.quick else [])))
-    plot = args.out / f"{name}.png"
+    name = "_".join(("vllm_cpu", *(args.part or []), *filter(None, [args.model]), *(["quick"] if args.quick else [])))
+    plot = args.out / f"{name}_ratios.png"
     plot_ratios(plot, "vLLM on a CPU with the Kimi Linear plugin", ratios)
     print(f"plot: {plot}")
     print_result("vllm_cpu", ratios, args.out / f"{name}.json", plot=plot.name)
