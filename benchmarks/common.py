@@ -97,6 +97,7 @@ def plot_ratios(path: Path, title: str, ratios: Sequence[Ratio]) -> None:
     axis.plot([r.goal for r in ratios], rows, "k|", markersize=14, label="goal")
     axis.axvline(1.0, color="grey", linewidth=0.8)
     axis.set_yticks(rows, [r.name for r in ratios], fontsize=8)
+    axis.set_xscale("log")
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9)
     axis.legend(fontsize=8)
