@@ -193,6 +193,8 @@ KIMI_EXPORT(kda_prefill);
 
 namespace {
 
+constexpr int64_t kBlockHeads = 16;  // value heads of a decode task
+
 // Keeps the inputs that the next step may need: the history without its oldest entry, then this step's tokens.
 void keep_inputs(const KdaLayer& layer, int64_t slot, int64_t channel, const Rows& x, const float* history, int padded,
                  int64_t length) {
@@ -208,15 +210,15 @@ void keep_inputs(const KdaLayer& layer, int64_t slot, int64_t channel, const Row
   }
 }
 
-// All tokens of one sequence on one value head. Every state row is independent of the others, so that with several
-// tokens kStepRows rows at a time go through all of them, and each token's state is written to its own slot.
-void decode_head(const KdaArgs& args, const HeadInputs& in, const TileShape& s, int64_t length,
-                 const int32_t* slots, int64_t start_slot, int64_t head, Step* steps) {
+// Steps of all tokens of one sequence on one value head, in place of its state. Every state row is independent of the
+// others, so that with several tokens kStepRows rows at a time go through all of them, and each token's state is written
+// to its own slot. `next`: the state that is read after this one, or null.
+void decode_head(const KdaArgs& args, const TileShape& s, int64_t length, const int32_t* slots, int64_t start_slot,
+                 int64_t head, Step* steps, const float* next) {
   const float* from = state_of(args.initial, start_slot, head);
-  for (int64_t t = 0; t < length; ++t) prepare_step(steps[t], in, args, s, t);
   if (length == 1 && slots[0] >= 0) {
     step_state(steps[0], from, args.initial.stride_v, state_of(args.final, slots[0], head), args.final.stride_v, s.K, 0,
-               s.V);
+               s.V, next);
     return;
   }
   alignas(64) float group[kStepRows * kMaxHead];
@@ -237,76 +239,116 @@ void decode_head(const KdaArgs& args, const HeadInputs& in, const TileShape& s, 
   }
 }
 
+// Working memory of a thread in kda_decode: filters of a block of q/k heads, histories of one, steps of all.
+struct DecodeBlock {
+  int64_t width, group;  // conv width; value heads a q/k head
+  float *bias, *filters, *history_q, *history_k, *history_v;
+  std::vector<Step> steps;  // [value head of the block][token]
+  int64_t loaded = -1;      // the q/k head that the filters start with
+
+  DecodeBlock(const KdaArgs& args, const KdaLayer& layer, const TileShape& s, int64_t heads, Scratch& scratch)
+      : width(layer.conv_width), group(args.HV / args.H) {
+    bias = scratch.floats(s.Kp);
+    filters = scratch.floats(heads * filters_of_head(s));
+    history_q = scratch.floats(width * s.Kp);
+    history_k = scratch.floats(width * s.Kp);
+    history_v = scratch.floats(width * s.Vp);
+    for (int64_t i = 0; i < heads * group * layer.indices_per_sequence; ++i) steps.emplace_back(s, scratch);
+  }
+  int64_t filters_of_head(const TileShape& s) const { return width * (2 * s.Kp + group * s.Vp); }
+
+  void load_filters(const KdaArgs& args, const KdaLayer& layer, const TileShape& s, int64_t first, int64_t count) {
+    if (loaded == first) return;
+    loaded = first;
+    for (int64_t i = 0; i < count; ++i) {
+      const LayerChannels at(args, first + i, (first + i) * group);
+      float* to = filters + i * filters_of_head(s);
+      load_filter(layer, at.q, s.K, s.Kp, to);
+      load_filter(layer, at.k, s.K, s.Kp, to + width * s.Kp);
+      for (int64_t j = 0; j < group; ++j) {
+        load_filter(layer, at.v + j * s.V, s.V, s.Vp, to + width * (2 * s.Kp + j * s.Vp));
+      }
+    }
+  }
+
+  // Steps of all tokens of a sequence on the value heads of the block's q/k head i; its conv state moves on.
+  void prepare(const KdaArgs& args, const KdaLayer& layer, const TileShape& s, const Span& span, int64_t slot,
+               int64_t accepted, int64_t qk_head, int64_t i) {
+    const float* filter = filters + i * filters_of_head(s);
+    const LayerChannels at(args, qk_head, qk_head * group);
+    load_history(layer, slot, accepted - 1, at.q, s.K, s.Kp, history_q);
+    load_history(layer, slot, accepted - 1, at.k, s.K, s.Kp, history_k);
+    for (int64_t j = 0; j < group; ++j) {
+      const int64_t head = qk_head * group + j, channel = at.v + j * s.V;
+      load_history(layer, slot, accepted - 1, channel, s.V, s.Vp, history_v);
+      HeadInputs in = head_inputs(args, span, head, s, bias);
+      in.conv_q = {int(width), filter, history_q};
+      in.conv_k = {int(width), filter + width * s.Kp, history_k};
+      in.conv_v = {int(width), filter + width * (2 * s.Kp + j * s.Vp), history_v};
+      for (int64_t t = 0; t < span.length; ++t) prepare_step(at_head(layer, i * group + j)[t], in, args, s, t);
+      keep_inputs(layer, slot, channel, in.v, history_v, s.Vp, span.length);
+      if (j + 1 == group) {
+        keep_inputs(layer, slot, at.q, in.q, history_q, s.Kp, span.length);
+        keep_inputs(layer, slot, at.k, in.k, history_k, s.Kp, span.length);
+      }
+    }
+  }
+
+  Step* at_head(const KdaLayer& layer, int64_t value_head) {
+    return steps.data() + value_head * layer.indices_per_sequence;
+  }
+};
+
 }  // namespace
 
-// One task is a (sequence, q/k head) with the value heads that share it, so that a task owns its conv channels.
-// Heads are the inner loop: states, histories and projections are then read as rising streams. What is small and
-// scattered is asked for one head ahead, while the states stream.
+// A task is a sequence with a block of q/k heads and the value heads that share them, so that it owns its conv channels.
+// First everything small is computed for the whole block, then the states stream through without a pause, then come
+// the norms. Blocks are the outer loop: their filters are laid out once for many sequences.
 void kda_decode(const KdaArgs* args, KdaLayer* layer) {
   if (!check(*args, *layer)) return;
   zero_padding(*args, *layer);
   const TileShape s(args->K, args->V);
   const int64_t group = args->HV / args->H;
-  const int64_t width = layer->conv_width;
   // Waking a thread costs more than a few small states.
   const int team = args->N * args->HV * args->K * args->V < 1 << 16 ? 1 : int(args->num_threads);
+  int64_t block = kBlockHeads / group < 1 ? 1 : kBlockHeads / group;
+  while (block > 1 && (args->H + block - 1) / block * args->N < 2 * team) block /= 2;
+  const int64_t blocks = (args->H + block - 1) / block;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     Scratch& scratch = thread_scratch();
     scratch.reset();
-    float* bias = scratch.floats(s.Kp);
-    float* filters = scratch.floats(width * (2 * s.Kp + group * s.Vp));
-    float* filter_q = filters;
-    float* filter_k = filter_q + width * s.Kp;
-    float* filter_v = filter_k + width * s.Kp;
-    float* history_q = scratch.floats(width * s.Kp);
-    float* history_k = scratch.floats(width * s.Kp);
-    float* history_v = scratch.floats(width * s.Vp);
-    std::vector<Step> steps;
-    for (int64_t t = 0; t < layer->indices_per_sequence; ++t) steps.emplace_back(s, scratch);
-    int64_t loaded = -1;
+    DecodeBlock work(*args, *layer, s, block, scratch);
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < args->H * args->N; ++task) {
-      const int64_t qk_head = task % args->H, n = task / args->H;
+    for (int64_t task = 0; task < blocks * args->N; ++task) {
+      const int64_t n = task % args->N, first = task / args->N * block;
+      const int64_t count = args->H - first < block ? args->H - first : block;
       const Span span = packed_span(*layer, n);
       const int32_t* slots = slots_of(*layer, n);
       if (slots[0] < 0) {
-        for (int64_t i = 0; i < group; ++i) {
-          Rows out = rows_of(args->o, 0, span.first, qk_head * group + i, s.V);
+        for (int64_t head = first * group; head < (first + count) * group; ++head) {
+          Rows out = rows_of(args->o, 0, span.first, head, s.V);
           zero_rows(out, span.length);
         }
         continue;
       }
       if (span.length == 0) continue;
       const int64_t accepted = layer->num_accepted == nullptr ? 1 : layer->num_accepted[n];
-      const LayerChannels at(*args, qk_head, qk_head * group);
-      if (loaded != qk_head) {
-        load_filter(*layer, at.q, s.K, s.Kp, filter_q);
-        load_filter(*layer, at.k, s.K, s.Kp, filter_k);
-        for (int64_t i = 0; i < group; ++i) {
-          load_filter(*layer, at.v + i * s.V, s.V, s.Vp, filter_v + i * width * s.Vp);
-        }
-        loaded = qk_head;
+      work.load_filters(*args, *layer, s, first, count);
+      for (int64_t i = 0; i < count; ++i) {
+        work.prepare(*args, *layer, s, span, slots[0], accepted, first + i, i);
       }
-      load_history(*layer, slots[0], accepted - 1, at.q, s.K, s.Kp, history_q);
-      load_history(*layer, slots[0], accepted - 1, at.k, s.K, s.Kp, history_k);
-      for (int64_t i = 0; i < group; ++i) {
-        const int64_t head = qk_head * group + i, channel = at.v + i * s.V;
-        load_history(*layer, slots[0], accepted - 1, channel, s.V, s.Vp, history_v);
-        HeadInputs in = head_inputs(*args, span, head, s, bias);
-        in.conv_q = {int(width), filter_q, history_q};
-        in.conv_k = {int(width), filter_k, history_k};
-        in.conv_v = {int(width), filter_v + i * width * s.Vp, history_v};
+      const int64_t start = slots[accepted - 1];
+      for (int64_t i = 0; i < count * group; ++i) {
+        const int64_t head = first * group + i;
+        const float* next = i + 1 < count * group ? state_of(args->initial, start, head + 1) : nullptr;
+        decode_head(*args, s, span.length, slots, start, head, work.at_head(*layer, i), next);
+      }
+      for (int64_t i = 0; i < count * group; ++i) {
+        const int64_t head = first * group + i;
         const Rows gate = rows_of(layer->gate, 0, span.first, head, s.V);
-        for (const Rows& rows : {in.q, in.k, in.v, in.g, gate}) prefetch_next(rows);
-        decode_head(*args, in, s, span.length, slots, slots[accepted - 1], head, steps.data());
         Rows out = rows_of(args->o, 0, span.first, head, s.V);
-        for (int64_t t = 0; t < span.length; ++t) gated_norm(*layer, steps[t].o, gate, t, s, out);
-        keep_inputs(*layer, slots[0], channel, in.v, history_v, s.Vp, span.length);
-        if (i + 1 == group) {
-          keep_inputs(*layer, slots[0], at.q, in.q, history_q, s.Kp, span.length);
-          keep_inputs(*layer, slots[0], at.k, in.k, history_k, s.Kp, span.length);
-        }
+        for (int64_t t = 0; t < span.length; ++t) gated_norm(*layer, work.at_head(*layer, i)[t].o, gate, t, s, out);
       }
     }
   }

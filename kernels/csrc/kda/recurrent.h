@@ -115,12 +115,13 @@ KIMI_INLINE void step_rows(const Step& step, const float* from, int64_t from_row
   }
 }
 
-// Rows [first, end) of the state. A last group of fewer than kStepRows rows goes through a copy.
+// Rows [first, end) of the state. A last group of fewer than kStepRows rows goes through a copy. `next`: a state of the
+// same shape that is read after this one, or null.
 inline void step_state(const Step& step, const float* from, int64_t from_row, float* to, int64_t to_row, int K,
-                       int first, int end) {
+                       int first, int end, const float* next = nullptr) {
   int row = first;
   for (; row + kStepRows <= end; row += kStepRows) {
-    const float* ahead = row + 2 * kStepRows <= end ? from + (row + kStepRows) * from_row : nullptr;
+    const float* ahead = row + 2 * kStepRows <= end ? from + (row + kStepRows) * from_row : next;
     step_rows(step, from + row * from_row, from_row, to + row * to_row, to_row, K, row, ahead);
   }
   if (row == end) return;
