@@ -14,7 +14,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "kernels-3.11", "muonclip", "vllm"]
+nox.options.sessions = ["lint", "kernels-3.11", "muonclip", "vllm", "nixl"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 

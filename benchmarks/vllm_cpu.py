@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[4, 8, 16, 32], help="batches of transformers to try, the best counts"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each side (default 5)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each side (default 3)")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder of the plots and the figures"
     )
