@@ -14,7 +14,9 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "kernels-3.11", "muonclip", "vllm", "nixl"]
+nox.options.sessions = [
+    "lint", "kernels-3.11", "muonclip", "vllm", "megatron(0.16.1)", "megatron(0.19.2)", "nixl",
+]  # fmt: skip
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
