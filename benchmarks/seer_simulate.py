@@ -51,6 +51,7 @@ def workload_study(
             "recomputed_tokens": statistics.median(r[name].recomputed_tokens for r in runs),
             "transferred_tokens": statistics.median(r[name].transferred_tokens for r in runs),
             "accepted_length": runs[0][name].accepted_length,
+            "kv_use": statistics.median(r[name].kv_use for r in runs),
             "gain": _spread(gain),
             "tail_gone": _spread(tail),
             "gain_over_stock": _spread(stock),
