@@ -29,7 +29,7 @@ _MODULE_OF = {
     "qk_max_logits": "max_logit",
     "backend_report": "dispatch",
     "BackendError": "dispatch",
-    "NativeLibraryError": "_native",
+    "NativeLibraryError": "native_files",
 }
 
 __all__ = list(_MODULE_OF)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch  # first: its OpenMP runtime must be in the process before the library is
 
+from kimi_kernels.native_files import NativeLibraryError, find_library
+
 ABI_VERSION = 2
 FILE_NAME = "libkimi_kernels_cpu.so"
 ISAS = ("avx512bf16", "avx512", "avx2", "generic")  # best first
@@ -28,10 +30,6 @@ _WORK_WORTH_THREADS = 1 << 16
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
-class NativeLibraryError(RuntimeError):
-    """The native CPU library is missing or unusable; the message says why and what to do."""
-
-
 class _Library:
     def __init__(self, path: Path, handle: ctypes.CDLL, isa: str) -> None:
         self.path, self.handle, self.isa = path, handle, isa
@@ -39,27 +37,6 @@ class _Library:
 
 _loaded: _Library | None = None
 _failure: str | None = None
-
-
-def _find() -> Path:
-    named = os.environ.get("KIMI_KERNELS_LIBRARY")
-    if named:
-        path = Path(named)
-        if not path.is_file():
-            raise NativeLibraryError(
-                f"KIMI_KERNELS_LIBRARY={named} is not a file: build it, or unset the variable"
-            )
-        return path
-    import kimi_kernels
-
-    folders = [Path(folder) for folder in kimi_kernels.__path__]
-    for folder in folders:
-        if (folder / FILE_NAME).is_file():
-            return folder / FILE_NAME
-    raise NativeLibraryError(
-        f"{FILE_NAME} not found next to the package (looked in {', '.join(map(str, folders))}): "
-        "install the package with pip, or build it with cmake and set KIMI_KERNELS_LIBRARY"
-    )
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -99,7 +76,7 @@ def _choose_isa(handle: ctypes.CDLL, forced: str | None) -> str:
 
 
 def _load() -> _Library:
-    path = _find()
+    path = find_library("kimi_kernels", FILE_NAME, "KIMI_KERNELS_LIBRARY")
     handle = _open(path)
     for name, restype, argtypes in (
         ("kimi_abi_version", ctypes.c_int, []),

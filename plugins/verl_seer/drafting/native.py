@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import weakref
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from kimi_kernels.native_files import NativeLibraryError, find_library
 from verl_seer.drafting.types import (
     EMPTY_DRAFT,
     MAX_DEPTH,
@@ -28,10 +27,6 @@ from verl_seer.drafting.types import (
 ABI_VERSION = 1
 FILE_NAME = "libkimi_seer.so"
 _BAD_TOKEN = -2
-
-
-class NativeLibraryError(RuntimeError):
-    """The native library is missing or unusable; the message says why and what to do."""
 
 
 class _Options(ctypes.Structure):
@@ -61,30 +56,9 @@ def _options(options: DraftOptions) -> _Options:
     )
 
 
-def _find() -> Path:
-    named = os.environ.get("KIMI_SEER_LIBRARY")
-    if named:
-        path = Path(named)
-        if not path.is_file():
-            raise NativeLibraryError(
-                f"KIMI_SEER_LIBRARY={named} is not a file: build it, or unset the variable"
-            )
-        return path
-    import verl_seer
-
-    folders = [Path(folder) for folder in verl_seer.__path__]
-    for folder in folders:
-        if (folder / FILE_NAME).is_file():
-            return folder / FILE_NAME
-    raise NativeLibraryError(
-        f"{FILE_NAME} not found next to the package (looked in {', '.join(map(str, folders))}): "
-        "install the package with pip, or build it with cmake and set KIMI_SEER_LIBRARY"
-    )
-
-
 @functools.cache
 def _library() -> Any:
-    path = _find()
+    path = find_library("verl_seer", FILE_NAME, "KIMI_SEER_LIBRARY")
     try:
         handle = ctypes.CDLL(str(path))
         version = handle.kimi_seer_abi_version()
