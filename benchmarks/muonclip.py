@@ -116,8 +116,11 @@ def measure_steps(
         }
         for step in steps.values():  # makes the state
             step()
-        mine, theirs = take_turns(steps["ours"], steps["muon"], repeats)
-        plain = [steps["adamw"]() for _ in range(repeats)]
+        took: dict[str, list[float]] = {who: [] for who in steps}
+        for _ in range(repeats):
+            for who, step in steps.items():
+                took[who].append(step())
+        mine, theirs, plain = took["ours"], took["muon"], took["adamw"]
         ratios.append(paired_ratio(f"{name}: step time against torch.optim.Muon", mine, theirs, 1.0, "lower"))
         memory = state_bytes(inner) / state_bytes(adamw)
         ratios.append(Ratio(f"{name}: optimizer state against AdamW", memory, memory, memory, 0.51, "lower"))
@@ -310,9 +313,11 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the steps are timed")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch for the steps on a CPU")
+    parser.add_argument("--out", type=Path, help="file for the results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
+    before = os.getloadavg()[0]  # what else runs here; times of ratios are taken in turn
     steps, ratios = measure_steps(
         QUICK if arguments.quick else LAYERS, arguments.device, 3 if arguments.quick else 7
     )
@@ -334,7 +339,17 @@ def main() -> None:
         [[str(r["ranks"]), *(f"{r[k]:.4g}" for k in list(r)[1:])] for r in sent],
     )
     print(f"start-up line of every Python process, without the flag: {start * 1e6:.1f} us")
-    print_result("muonclip", ratios, steps=steps, sent=sent, device=arguments.device, start_us=start * 1e6)
+    print_result(
+        "muonclip",
+        ratios,
+        arguments.out,
+        device=arguments.device,
+        threads=arguments.threads,
+        load=[round(load, 1) for load in (before, os.getloadavg()[0])],
+        steps=steps,
+        sent=sent,
+        start_us=start * 1e6,
+    )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ A small decoder (bytes, rotary attention without norms on query or key, SwiGLU) 
 Logits: a learning rate far above the best one, with Muon alone and with MuonClip, same data and start. The largest
 logit of a step is measured in its forward pass, thus after the clip of the step before and one update since.
 Steps: AdamW and MuonClip each with its best learning rate of a sweep; then MuonClip in shorter runs, each with its
-own whole schedule, and the length at which it reaches AdamW's held-out loss, by interpolation. Losses and steps are
-no timings; they repeat on one machine for one number of threads.
+own whole schedule, and the length at which it reaches AdamW's held-out loss, by interpolation; repeated with other
+starts and data. Losses and steps are no timings; they repeat on one machine for one number of threads.
+
+Each run is kept in FOLDER/muonclip_training.partial.jsonl as it ends, so that a stopped command goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ import argparse
 import itertools
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import Ratio, machine, print_result, table
+from benchmarks.common import Ratio, print_result, table
 from kimi_kernels import qk_max_logits
 from kimi_models.training.corpus import Document, load_corpus, shuffled, split
 from megatron_kimi.optimizer import MuonClip, MuonClipConfig
@@ -35,6 +39,9 @@ from megatron_kimi.splits import Split, fused_qkv, row_factors, stacked
 
 TAU = 100.0
 PAPER_RATIO = 0.52  # FLOPs of Muon to AdamW's loss, Moonlight, section 3.3
+STEPS = 200  # of the tuned runs
+SEEDS = (0, 1, 2)  # of the final comparison; rates are tuned with the first
+SHOW_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -185,38 +192,99 @@ def train(run: Run, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(round(loss.item(), 4))
         logits.append(round(max(block.attention.max_logits.max().item() for block in model.blocks), 2))
+        if (step + 1) % SHOW_EVERY == 0:
+            print(f"  step {step + 1} of {run.steps}: loss {losses[-1]}", flush=True)
     held_out = round(held_out_loss(model, data[1], run.length), 4)
-    print(
-        f"{run.optimizer} lr {run.lr:g}, {run.steps} steps: held-out loss {held_out}, "
-        f"largest logit {max(logits):.0f}",
-        flush=True,
-    )
     return {**asdict(run), "loss": losses, "max_logit": logits, "held_out": held_out}
 
 
-def tune(start: Run, data: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
-    """Runs at learning rates a factor of two apart, until the best one has a worse one on both sides."""
-    runs = {factor: train(replace(start, lr=start.lr * factor), data) for factor in (1.0, 2.0, 0.5)}
+class Trainer:
+    """Trains each run once: what is in `file` is taken from there, and each new run is added to it as it ends.
+
+    Lines of another torch or another number of threads are left alone; their sums are not ours.
+    """
+
+    def __init__(self, data: tuple[Tensor, Tensor], file: Path) -> None:
+        self.data, self.file = data, file
+        self.setting = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        result = self._known(run)
+        where = " (kept from before)" if result else ""
+        if result is None:
+            result = train(run, self.data)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**self.setting, "run": result}) + "\n")
+        print(
+            f"{run.optimizer} lr {run.lr:g}, {run.steps} steps, seed {run.seed}: held-out loss "
+            f"{result['held_out']}, largest logit {max(result['max_logit']):.0f}{where}",
+            flush=True,
+        )
+        return result
+
+    def _known(self, run: Run) -> dict[str, Any] | None:
+        if not self.file.is_file():
+            return None
+        lines = (json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines())
+        same = [
+            line["run"] for line in lines if line.items() >= self.setting.items() and _is(line["run"], run)
+        ]
+        return same[0] if same else None
+
+
+def _is(result: dict[str, Any], run: Run) -> bool:
+    return all(result[name] == value for name, value in asdict(run).items())
+
+
+def tune(start: Run, trained: Trainer) -> list[dict[str, Any]]:
+    """Runs at learning rates a factor of two apart, until the best one has a worse one on both sides; best first."""
+    runs = {factor: trained(replace(start, lr=start.lr * factor)) for factor in (1.0, 2.0, 0.5)}
     while True:
         best = min(runs, key=lambda factor: runs[factor]["held_out"])
         missing = [factor for factor in (best / 2, best * 2) if factor not in runs]
         if not missing:
             return sorted(runs.values(), key=lambda run: run["held_out"])
         for factor in missing:
-            runs[factor] = train(replace(start, lr=start.lr * factor), data)
+            runs[factor] = trained(replace(start, lr=start.lr * factor))
+
+
+def bracket(start: Run, target: float, trained: Trainer) -> list[dict[str, Any]]:
+    """Runs like `start`, longest first: the last one falls short of the loss `target`, the one before reaches it."""
+    runs = [trained(start)]
+    while runs[0]["held_out"] > target:
+        runs.insert(0, trained(replace(start, steps=round(runs[0]["steps"] / 0.7))))
+    while runs[-1]["held_out"] <= target:
+        runs.append(trained(replace(start, steps=round(0.7 * runs[-1]["steps"]))))
+    return runs
+
+
+def single(name: str, value: float, goal: float, better: Literal["higher", "lower"] = "lower") -> Ratio:
+    return Ratio(name, value, value, value, goal, better)
+
+
+def longest_over(logits: Sequence[float]) -> int:
+    """The most steps in a row with a logit over tau."""
+    return max(
+        (len(list(run)) for over, run in itertools.groupby(x > TAU for x in logits) if over), default=0
+    )
 
 
 def steps_to(target: float, runs: list[dict[str, Any]]) -> float:
-    """Length of a run that ends at loss `target`, from runs of several lengths: linear in the log of both."""
-    runs = sorted(runs, key=lambda run: run["steps"])
-    for short, long in itertools.pairwise(runs):
-        if long["held_out"] <= target:
-            fraction = math.log(short["held_out"] / target) / math.log(short["held_out"] / long["held_out"])
-            return short["steps"] * (long["steps"] / short["steps"]) ** fraction
-    return math.inf
+    """Length of a run that ends at loss `target`, from those of `bracket`: linear in the logs of both."""
+    long, short = next((a, b) for a, b in itertools.pairwise(runs) if b["held_out"] > target >= a["held_out"])
+    fraction = math.log(short["held_out"] / target) / math.log(short["held_out"] / long["held_out"])
+    return short["steps"] * (long["steps"] / short["steps"]) ** fraction
 
 
-def draw(hot: list[dict], adamw: list[dict], muonclip: list[dict], lengths: list[dict], path: Path) -> None:
+def draw(
+    hot: list[dict],
+    adamw: list[dict],
+    muonclip: list[dict],
+    reached: list[tuple[dict, list[dict]]],
+    path: Path,
+) -> None:
+    """Plot the hot runs, the sweeps, and for each seed (AdamW's run, MuonClip's of several lengths)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -246,13 +314,16 @@ def draw(hot: list[dict], adamw: list[dict], muonclip: list[dict], lengths: list
         xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per byte)",
         title=f"Tuning, {adamw[0]['steps']} steps",
     )  # fmt: skip
-    ordered = sorted(lengths, key=lambda run: run["steps"])
-    reach.plot(
-        [r["steps"] for r in ordered], [r["held_out"] for r in ordered], "o-", color="C1", label="MuonClip"
+    for n, (target, runs) in enumerate(reached):
+        labels = ("AdamW", "MuonClip") if n == 0 else (None, None)
+        reach.plot([target["steps"]], [target["held_out"]], "s", color="C0", label=labels[0])
+        reach.axhline(target["held_out"], color="C0", linestyle=":", linewidth=0.8)
+        reach.plot(
+            [r["steps"] for r in runs], [r["held_out"] for r in runs], "o-", color="C1", label=labels[1]
+        )
+    reach.set(
+        xlabel="steps of the whole run", ylabel="held-out loss", title="Each point is a run at its best rate"
     )
-    reach.plot([adamw[0]["steps"]], [adamw[0]["held_out"]], "s", color="C0", label="AdamW at its best rate")
-    reach.axhline(adamw[0]["held_out"], color="C0", linestyle=":")
-    reach.set(xlabel="steps of the whole run", ylabel="held-out loss", title="Each point is a run of its own")
     for axis in axes.flat:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -271,84 +342,87 @@ def main() -> None:
         "--out",
         type=Path,
         default=Path(__file__).parent / "results",
-        help="folder of the plot and the curves",
+        help="folder of the results and the plot",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = tuple(as_bytes(part) for part in split(load_corpus()))
+    name = "muonclip_training_quick" if arguments.quick else "muonclip_training"
+    trained = Trainer(data, arguments.out / f"{name}.partial.jsonl")
     small = {"batch": 8} if arguments.quick else {}
-
-    hot_steps = 60 if arguments.quick else 150
-    muon, clipped = (train(Run(name, 0.2, hot_steps, **small), data) for name in ("muon", "muonclip"))
-    over = [x / TAU for x in clipped["max_logit"] if x > TAU]
+    hot = {n: trained(Run(n, 0.2, 60 if arguments.quick else 150, **small)) for n in ("muon", "muonclip")}
+    logits, largest = hot["muonclip"]["max_logit"], {n: max(run["max_logit"]) for n, run in hot.items()}
     ratios = [
-        Ratio("largest logit, Muon alone, to 1000", *[max(muon["max_logit"]) / 1000] * 3, 1.0),
-        Ratio("largest logit, MuonClip, to tau", *[max(clipped["max_logit"]) / TAU] * 3, 1.5, "lower"),
-        Ratio(
+        single("largest logit, Muon alone, to 1000", largest["muon"] / 1000, 1.0, "higher"),
+        single("largest logit, MuonClip, to tau", largest["muonclip"] / TAU, 1.5),
+        single(
             "held-out loss, MuonClip to Muon alone",
-            *[clipped["held_out"] / muon["held_out"]] * 3,
+            hot["muonclip"]["held_out"] / hot["muon"]["held_out"],
             1.01,
-            "lower",
         ),
     ]
+    reached: list[tuple[dict, list[dict]]] = []
     if arguments.quick:
         adamw, muonclip = (
-            [train(Run(n, lr, 30, **small), data)] for n, lr in (("adamw", 4e-3), ("muonclip", 2e-2))
+            [trained(Run(n, lr, 30, **small))] for n, lr in (("adamw", 4e-3), ("muonclip", 2e-2))
         )
-        lengths = muonclip
-        ratio = muonclip[0]["held_out"] / adamw[0]["held_out"]
-        ratios.append(
-            Ratio("held-out loss, MuonClip to AdamW, 30 steps, rates not tuned", *[ratio] * 3, 1.0, "lower")
-        )
+        quotient = muonclip[0]["held_out"] / adamw[0]["held_out"]
+        ratios.append(single("held-out loss, MuonClip to AdamW, 30 steps, rates not tuned", quotient, 1.0))
     else:
-        adamw, muonclip = tune(Run("adamw", 4e-3, 200), data), tune(Run("muonclip", 2e-2, 200), data)
-        best = Run("muonclip", muonclip[0]["lr"], 200)
-        lengths = [muonclip[0]]
-        while lengths[-1]["held_out"] <= adamw[0]["held_out"]:  # shorter and shorter, until one falls short
-            lengths.append(train(replace(best, steps=round(0.7 * lengths[-1]["steps"])), data))
-        ratio = steps_to(adamw[0]["held_out"], lengths) / adamw[0]["steps"]
+        adamw, muonclip = (
+            tune(Run(n, lr, STEPS), trained) for n, lr in (("adamw", 4e-3), ("muonclip", 2e-2))
+        )
+        quotients = []
+        for seed in SEEDS:
+            target = trained(Run("adamw", adamw[0]["lr"], STEPS, seed=seed))
+            runs = bracket(Run("muonclip", muonclip[0]["lr"], STEPS, seed=seed), target["held_out"], trained)
+            reached.append((target, runs))
+            quotients.append(steps_to(target["held_out"], runs) / STEPS)
         ratios.append(
             Ratio(
                 "steps to AdamW's final loss, MuonClip to AdamW, both tuned",
-                *[ratio] * 3,
+                statistics.median(quotients),
+                min(quotients),
+                max(quotients),
                 PAPER_RATIO,
                 "lower",
             )
         )
 
+    everything = [*hot.values(), *adamw, *muonclip, *(r for target, runs in reached for r in (target, *runs))]
+    distinct = list({tuple(run[f.name] for f in fields(Run)): run for run in everything}.values())
     table(
-        "Runs, best of each optimizer first",
-        ["run", "learning rate", "steps", "held-out loss", "largest logit"],
+        "Runs: far above the best rate, then each optimizer's sweep from best to worst, then other seeds and lengths",
+        ["run", "learning rate", "steps", "seed", "held-out loss", "largest logit"],
         [
             [
                 r["optimizer"],
                 f"{r['lr']:g}",
                 str(r["steps"]),
+                str(r["seed"]),
                 f"{r['held_out']:.4f}",
                 f"{max(r['max_logit']):.0f}",
             ]
-            for r in [muon, clipped, *adamw, *muonclip, *lengths[1:]]
+            for r in distinct
         ],
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = "muonclip_training_quick" if arguments.quick else "muonclip_training"
-    draw([muon, clipped], adamw, muonclip, lengths, arguments.out / f"{name}.png")
-    runs = {"hot": [muon, clipped], "adamw": adamw, "muonclip": muonclip, "lengths": lengths[1:]}
-    curves = {
-        "machine": machine(),
-        "threads": arguments.threads,
-        "ratios": [asdict(r) for r in ratios],
-        "runs": runs,
-    }
-    (arguments.out / f"{name}.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
-    print(f"plot and curves: {arguments.out / name}.png, .json")
+    draw(list(hot.values()), adamw, muonclip, reached, arguments.out / f"{name}.png")
+    over = [x / TAU for x in logits if x > TAU]
     print_result(
         "muonclip_training",
         ratios,
-        steps_over_tau=len(over),
-        steps=hot_steps,
-        mean_excess=round(sum(over) / len(over) - 1, 3) if over else 0.0,
+        arguments.out / f"{name}.json",
+        threads=arguments.threads,
+        logits={
+            "steps": len(logits),
+            "over_tau": len(over),
+            "longest_over_tau": longest_over(logits),
+            "largest": largest,
+        },
+        best_rates={runs[0]["optimizer"]: runs[0]["lr"] for runs in (adamw, muonclip)},
+        runs=[{k: v for k, v in run.items() if k not in ("loss", "max_logit")} for run in distinct],
     )
+    trained.file.unlink()
 
 
 if __name__ == "__main__":

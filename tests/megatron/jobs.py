@@ -32,10 +32,18 @@ def one_step(model: str = "gpt", muon: dict[str, Any] | None = None, **case: Any
     return "one_step", setup(model, NO_CLIP | (muon or {}), **case)
 
 
+def float16(**case: Any) -> Job:
+    """Dynamic loss scaling from a scale that these models' gradients fit."""
+    return "train", {**setup(fp16=True, **case), "optimizer": {"initial_loss_scale": 2.0**16}}
+
+
 def one(folder: Path) -> dict[str, Job]:
     jobs: dict[str, Job] = {
         **{model: train(model) for model in ("gpt", "mla", "moe", "mtp")},
+        "deep": train(layers=4),
         "bf16": train(bf16=True),
+        "fp16": float16(),
+        "loss scaling": ("loss_scaling", setup(fp16=True)),
         "bfloat16 arithmetic": train(bf16=True, muon={"dtype": "bfloat16"}),
         "unclipped": train(muon={"tau": float("inf")}),
         "states": ("states", {"case": {}}),
@@ -117,6 +125,9 @@ def two(folder: Path) -> dict[str, Job]:
         "zero, overlap": train(distributed=True, bucket=3000, overlap=True),
         "dp, overlap": train(bucket=3000, overlap=True),
         "pp": train(pp=2),
+        "pp, interleaved": train(pp=2, vpp=2, layers=4),
+        "zero, fp16": float16(distributed=True),
+        "loss scaling": ("loss_scaling", setup(distributed=True, fp16=True)),
         "moe, ep": train("moe", ep=2),
         "moe, ep, zero": train("moe", ep=2, distributed=True),
         "mtp, tp": train("mtp", tp=2),
@@ -151,6 +162,7 @@ def four(folder: Path) -> dict[str, Job]:
         "tp, dp": train(tp=2),
         "tp, zero": train(tp=2, distributed=True),
         "tp, pp": train(tp=2, pp=2),
+        "zero, pp, interleaved": train(distributed=True, pp=2, vpp=2, layers=4),
         "moe, tp, ep": one_step("moe", tp=2, ep=2, distributed=True),
         "reshard dp 2 to tp 2, dp 2": (
             "resume",

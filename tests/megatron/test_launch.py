@@ -78,7 +78,7 @@ def test_with_the_flag_only_a_hook_is_set(arguments: list[str], environment: dic
 
 
 def test_start_up_costs_next_to_nothing() -> None:
-    """The line that every Python start runs, without the flag: under 1 ms; measured 1 to 5 us."""
+    """The line that every Python start runs, without the flag: under 1 ms."""
     package = importlib.util.find_spec("megatron_kimi")
     assert package is not None and package.submodule_search_locations
     folder = Path(package.submodule_search_locations[0])
@@ -153,9 +153,8 @@ def test_refusals_come_before_training() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jobs.newer(), reason="the real megatron.training is here")
 def test_the_hook_on_a_stand_in_of_016() -> None:
-    """The import hook on the names of 0.16's `megatron.training`, with the real core below it."""
+    """The import hook on the names of 0.16's `megatron.training`, with the real core of either version below it."""
     hooked = torchrun(
         1, ["-m", "megatron_kimi.launch", str(STANDIN), "--use-muonclip", "--muonclip-tau", "0.05"]
     )

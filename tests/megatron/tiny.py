@@ -6,6 +6,7 @@ Import after `cpu_platform.install()`.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,7 +40,9 @@ class Case:
 
     Args:
         model: "gpt" (grouped-query attention, SwiGLU), "mla", "moe" or "mtp".
+        vpp: model chunks on each pipeline rank (the interleaved schedule); None is one, without it.
         distributed: Megatron's distributed optimizer.
+        fp16: float16 weights with loss scaling.
         overlap: overlap gradient reduction (and, with `distributed`, parameter gathering) with computation.
         bucket: elements of a gradient bucket; None is one bucket.
     """
@@ -47,14 +50,21 @@ class Case:
     model: str = "gpt"
     tp: int = 1
     pp: int = 1
+    vpp: int | None = None
     ep: int = 1
+    layers: int = LAYERS
     distributed: bool = False
     bf16: bool = False
+    fp16: bool = False
     overlap: bool = False
     bucket: int | None = None
     init_scale: float = 0.08
     lr: float = 0.02
     clip_grad: float = 1.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
 class LocalLatentAttention(DotProductAttention):
@@ -70,15 +80,14 @@ def start(case: Case) -> None:
     """Make the process groups of `case`, after those of an earlier one."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(case.tp, case.pp, expert_model_parallel_size=case.ep)
+    parallel_state.initialize_model_parallel(case.tp, case.pp, case.vpp, expert_model_parallel_size=case.ep)
     tensor_parallel.random.initialize_rng_tracker(force_reset=True)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 def model_config(case: Case, **changes: Any) -> TransformerConfig:
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
     options: dict[str, Any] = {
-        "num_layers": LAYERS,
+        "num_layers": case.layers,
         "hidden_size": HIDDEN,
         "num_attention_heads": HEADS,
         "ffn_hidden_size": FFN,
@@ -90,10 +99,16 @@ def model_config(case: Case, **changes: Any) -> TransformerConfig:
         "attention_dropout": 0.0,
         "use_cpu_initialization": True,
         "bf16": case.bf16,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
+        "fp16": case.fp16,
+        "params_dtype": case.dtype,
+        "pipeline_dtype": case.dtype,
         "tensor_model_parallel_size": case.tp,
         "pipeline_model_parallel_size": case.pp,
+        "virtual_pipeline_model_parallel_size": case.vpp,
+        # Two stages are each other's next and previous one, so batched messages of the interleaved schedule swap
+        # gradients and activations; Megatron's arguments refuse that, and have this by default.
+        "overlap_p2p_comm": case.vpp is not None,
+        "batch_p2p_comm": case.vpp is None,
         "expert_model_parallel_size": case.ep,
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
@@ -129,7 +144,10 @@ def model_config(case: Case, **changes: Any) -> TransformerConfig:
 
 
 def build_model(case: Case, **changes: Any) -> Any:
-    """The model of this rank, in Megatron's data-parallel wrapper, initialised by the names of its weights."""
+    """The model of this rank, in Megatron's data-parallel wrapper, initialised by the names of its weights.
+
+    With the interleaved schedule a list of its chunks.
+    """
     config = model_config(case, **changes)
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -151,24 +169,33 @@ def build_model(case: Case, **changes: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
         extra["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
-    model: Any = GPTModel(
-        config,
-        spec,
-        vocab_size=VOCABULARY,
-        max_sequence_length=TOKENS,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-        **extra,
-    )
-    return wrap(model, config, case)
+    built = []
+    for chunk in range(case.vpp or 1):
+        place = {"ignore_virtual": False, "vp_stage": None if case.vpp is None else chunk}
+        model = GPTModel(
+            config,
+            spec,
+            vocab_size=VOCABULARY,
+            max_sequence_length=TOKENS,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=False,
+            vp_stage=place["vp_stage"],
+            **extra,
+        )
+        built.append(wrap(model, config, case, chunk))
+    return built[0] if case.vpp is None else built
 
 
-def wrap(model: Any, config: TransformerConfig, case: Case) -> Any:
+def chunks(model: Any) -> list[Any]:
+    return model if isinstance(model, list) else [model]
+
+
+def wrap(model: Any, config: TransformerConfig, case: Case, chunk: int = 0) -> Any:
     """`model`, initialised, in Megatron's wrappers for precision and data parallelism."""
-    initialise(model, case)
-    if case.bf16:
+    initialise(model, case, chunk)
+    if case.bf16 or case.fp16:
         model = Float16Module(config, model)
     wrapped = DistributedDataParallel(
         config=config,
@@ -233,7 +260,8 @@ def optimizer_config(case: Case, **changes: Any) -> OptimizerConfig:
             "weight_decay": 0.1,
             "adam_beta2": 0.95,
             "bf16": case.bf16,
-            "params_dtype": torch.bfloat16 if case.bf16 else torch.float32,
+            "fp16": case.fp16,
+            "params_dtype": case.dtype,
             "use_distributed_optimizer": case.distributed,
             "overlap_param_gather": case.overlap and case.distributed,
             "clip_grad": case.clip_grad,
@@ -247,11 +275,12 @@ def plain(name: str) -> str:
     return re.sub(r"^(module\.)+", "", name)
 
 
-def global_name(name: str, case: Case) -> str:
+def global_name(name: str, case: Case, chunk: int = 0) -> str:
     """`name` as it is called in a model that is not cut over pipeline stages or expert ranks."""
     name = plain(name)
-    stage = parallel_state.get_pipeline_model_parallel_rank() * (LAYERS // case.pp)
-    name = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + stage}", name)
+    stage = chunk * case.pp + parallel_state.get_pipeline_model_parallel_rank()
+    before = stage * (case.layers // case.pp // (case.vpp or 1))
+    name = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + before}", name)
     first = parallel_state.get_expert_model_parallel_rank() * (EXPERTS // case.ep)
     return re.sub(r"local_experts\.(\d+)", lambda m: f"local_experts.{int(m[1]) + first}", name)
 
@@ -269,10 +298,10 @@ def _halves(name: str) -> int:
     return 2 if "linear_fc1" in name else 1
 
 
-def initialise(model: Any, case: Case) -> None:
+def initialise(model: Any, case: Case, chunk: int) -> None:
     for local, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            name = global_name(local, case)
+            name = global_name(local, case, chunk)
             full = _by_name(name, parameter, name, case) * case.init_scale
             parameter.data.copy_(_own_part(full, parameter, name, case))
 
@@ -328,12 +357,15 @@ def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor
 
 def backward(model: Any, optimizer: Any, data: Iterator[torch.Tensor]) -> float:
     """Gradients of one global batch; its mean loss, on every rank."""
-    model.zero_grad_buffer()
+    parts = chunks(model)
+    for chunk in parts:
+        chunk.zero_grad_buffer()
+        chunk.config.grad_scale_func = optimizer.scale_loss
     optimizer.zero_grad()
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=data,
-        model=[model],
+        data_iterator=list(itertools.tee(data, len(parts))) if len(parts) > 1 else data,
+        model=parts,
         num_microbatches=MICROBATCHES // data_ranks(),
         seq_length=TOKENS,
         micro_batch_size=SEQUENCES,
@@ -390,9 +422,13 @@ def full_weights(model: Any, case: Case) -> dict[str, torch.Tensor]:
     """All weights of the whole model in float32, put together from all ranks; on every rank."""
     if case.overlap and case.distributed:
         model.start_param_sync(force_sync=True)
+    named = [
+        (global_name(local, case, number), parameter)
+        for number, chunk in enumerate(chunks(model))
+        for local, parameter in chunk.named_parameters()
+    ]
     pieces = {}
-    for local, parameter in model.named_parameters():
-        name = global_name(local, case)
+    for name, parameter in named:
         dim = cut_dim(name, parameter)
         cut = dim is not None and _cut_size(parameter, case) > 1
         rank = parallel_state.get_tensor_model_parallel_rank() if cut else 0

@@ -56,11 +56,12 @@ def prepare(
     """(case, model, MuonClip optimizer) in the layout of `case`; `later` is set in the built model's configuration."""
     built = Case(**case)
     tiny.start(built)
-    chunk = tiny.build_model(built, **model or {})
+    made = tiny.build_model(built, **model or {})
+    chunks = tiny.chunks(made)
     for name, value in (later or {}).items():
-        setattr(chunk.config, name, value)
+        setattr(chunks[0].config, name, value)
     config = tiny.optimizer_config(built, **optimizer or {})
-    return built, chunk, get_megatron_muonclip_optimizer(config, [chunk], options=options(**muon or {}))
+    return built, made, get_megatron_muonclip_optimizer(config, chunks, options=options(**muon or {}))
 
 
 @job
@@ -251,6 +252,38 @@ def skipped(tau: float, **setup: Any) -> dict[str, Any]:
         "after": history[0]["updated"],
         "final": tiny.full_weights(model, case),
     }
+
+
+def snapshot(model: Any, optimizer: Any) -> list[torch.Tensor]:
+    """Copies of all that a step may change: weights, master weights, and the optimizer's states and counters."""
+    found = [p.detach().clone() for p in model.parameters()]
+    for wrapper in optimizer.chained_optimizers:
+        inner = wrapper.optimizer
+        for group in inner.param_groups:
+            found.append(torch.tensor(group["step"]))
+            for p in group["params"]:
+                found += [p.detach().clone(), *(value.clone() for value in inner.state[p].values())]
+    return found
+
+
+@job
+def loss_scaling(**setup: Any) -> dict[str, Any]:
+    """Float16 with a loss scale that starts far too high, on one batch until three steps were applied; and those
+    three steps with the scale they had, set by hand."""
+    scaling = {"initial_loss_scale": 2.0**28, "hysteresis": 1, "min_loss_scale": 1.0}
+    case, model, optimizer = prepare(optimizer=scaling, **setup)
+    steps = []
+    while sum(updated for updated, _, _ in steps) < 3 and len(steps) < 40:
+        before = snapshot(model, optimizer)
+        scale = float(optimizer.get_loss_scale())
+        (step,) = tiny.train(model, optimizer, tiny.batches(), 1)
+        same = all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
+        steps.append((step["updated"], scale, same))
+    got = tiny.full_weights(model, case)
+    case, model, optimizer = prepare(optimizer={"loss_scale": steps[-1][1]}, **setup)
+    for _ in range(3):
+        tiny.train(model, optimizer, tiny.batches(), 1)
+    return {"steps": steps, "got": got, "expected": tiny.full_weights(model, case)}
 
 
 @job
