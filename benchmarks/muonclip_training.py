@@ -210,7 +210,7 @@ class Trainer:
 
     def __call__(self, run: Run) -> dict[str, Any]:
         result = self._known(run)
-        where = " (kept from before)" if result else ""
+        note = " (kept from before)" if result else ""
         if result is None:
             result = train(run, self.data)
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ class Trainer:
                 file.write(json.dumps({**self.setting, "run": result}) + "\n")
         print(
             f"{run.optimizer} lr {run.lr:g}, {run.steps} steps, seed {run.seed}: held-out loss "
-            f"{result['held_out']}, largest logit {max(result['max_logit']):.0f}{where}",
+            f"{result['held_out']}, largest logit {max(result['max_logit']):.0f}{note}",
             flush=True,
         )
         return result

@@ -61,6 +61,7 @@ def test_a_skipped_step_changes_nothing(one: dict[str, Any]) -> None:
     result = one["skipped"]
     assert "error" not in result, result["trace"]
     assert result["updated"] is False
+    assert result["unchanged"] is True
     assert result["recorded"] is False
     assert result["after"] == 1.0
     assert any(not torch.equal(result["before"][name], value) for name, value in result["final"].items())

@@ -64,6 +64,22 @@ def prepare(
     return built, made, get_megatron_muonclip_optimizer(config, chunks, options=options(**muon or {}))
 
 
+def snapshot(model: Any, optimizer: Any) -> list[torch.Tensor]:
+    """Copies of all that a step may change: weights, master weights, and the optimizer's states and counters."""
+    found = [p.detach().clone() for p in model.parameters()]
+    for wrapper in optimizer.chained_optimizers:
+        inner = wrapper.optimizer
+        for group in inner.param_groups:
+            found.append(torch.tensor(group["step"]))
+            for p in group["params"]:
+                found += [p.detach().clone(), *(value.clone() for value in inner.state[p].values())]
+    return found
+
+
+def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 @job
 def train(steps: int = 3, **setup: Any) -> dict[str, Any]:
     case, model, optimizer = prepare(**setup)
@@ -238,32 +254,22 @@ def clip_holds(tau: float, **setup: Any) -> list[float]:
 def skipped(tau: float, **setup: Any) -> dict[str, Any]:
     """A step whose gradients overflow is skipped: nothing changes, and its logits are forgotten."""
     case, model, optimizer = prepare(muon={"tau": tau}, optimizer={"loss_scale": 1.0}, **setup)
-    before = tiny.full_weights(model, case)
+    before, weights = snapshot(model, optimizer), tiny.full_weights(model, case)
     tiny.backward(model, optimizer, tiny.batches())
     for p in model.parameters():
         p.main_grad.fill_(float("inf"))
     updated, _, _ = optimizer.step()
+    unchanged = same(before, snapshot(model, optimizer))
     recorded = any(layer.largest is not None for layer in optimizer.clip.layers)
     history = tiny.train(model, optimizer, tiny.batches(), 1)
     return {
         "updated": updated,
-        "before": before,
+        "before": weights,
+        "unchanged": unchanged,
         "recorded": recorded,
         "after": history[0]["updated"],
         "final": tiny.full_weights(model, case),
     }
-
-
-def snapshot(model: Any, optimizer: Any) -> list[torch.Tensor]:
-    """Copies of all that a step may change: weights, master weights, and the optimizer's states and counters."""
-    found = [p.detach().clone() for p in model.parameters()]
-    for wrapper in optimizer.chained_optimizers:
-        inner = wrapper.optimizer
-        for group in inner.param_groups:
-            found.append(torch.tensor(group["step"]))
-            for p in group["params"]:
-                found += [p.detach().clone(), *(value.clone() for value in inner.state[p].values())]
-    return found
 
 
 @job
@@ -277,8 +283,7 @@ def loss_scaling(**setup: Any) -> dict[str, Any]:
         before = snapshot(model, optimizer)
         scale = float(optimizer.get_loss_scale())
         (step,) = tiny.train(model, optimizer, tiny.batches(), 1)
-        same = all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
-        steps.append((step["updated"], scale, same))
+        steps.append((step["updated"], scale, same(before, snapshot(model, optimizer))))
     got = tiny.full_weights(model, case)
     case, model, optimizer = prepare(optimizer={"loss_scale": steps[-1][1]}, **setup)
     for _ in range(3):
