@@ -2,7 +2,7 @@
 
 Here is the core that needs no stack: scheduling (`scheduler`, `context`), draft budgets (`budget`,
 `acceptance`), grouped drafting (`drafting`) and a simulator of rollouts (`simulate`). Importing it imports neither
-Ray, verl nor vLLM and loads no native library.
+Ray, verl nor vLLM and loads no native library; `rollout` and `client`, which verl loads, import verl.
 """
 
 from verl_seer.acceptance import AcceptanceStats

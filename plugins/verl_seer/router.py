@@ -182,7 +182,8 @@ class SeerRouter:
             previous = assignment.previous_instance_id
             self._counts.moved += previous is not None and previous != server_id
         if not self._scheduler.unfinished and self._counts.requests:
-            logger.info("Seer: %s", vars(self._counts))
+            # An actor's output, unlike its logger, reaches the training log.
+            print("Seer: " + ", ".join(f"{n} {name}" for name, n in vars(self._counts).items()), flush=True)
             self._last, self._counts = self._counts, Counts()
             self._renew()
 
