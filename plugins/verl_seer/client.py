@@ -42,13 +42,20 @@ class SeerClient(LLMServerClient):
         config: verl's whole config.
         load_balancer_handle: actor of `verl_seer.router.SeerRouter`.
         stop_ids: the model's stop tokens.
+        max_model_len: the model's context, where ``rollout.max_model_len`` leaves it to the model.
     """
 
     def __init__(
-        self, config: Any, load_balancer_handle: Any, stop_ids: frozenset[int] = frozenset(), **kwargs: Any
+        self,
+        config: Any,
+        load_balancer_handle: Any,
+        stop_ids: frozenset[int] = frozenset(),
+        max_model_len: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config=config, load_balancer_handle=load_balancer_handle, **kwargs)
         self._stop_ids = stop_ids
+        self._max_model_len = config.actor_rollout_ref.rollout.max_model_len or max_model_len
         self._granted: dict[str, Grant] = {}
         self._turns = itertools.count()
 
@@ -69,22 +76,23 @@ class SeerClient(LLMServerClient):
             len(prompt),
             prompt_length=rollout.prompt_length,
             response_length=rollout.response_length,
-            max_model_len=rollout.max_model_len,
+            max_model_len=self._max_model_len,
         )
         if not divisible(sampling_params):
             return await super().generate(
                 request_id, prompt_ids=prompt, sampling_params=sampling_params, **kwargs
             )
+        params = {"ignore_eos": bool(rollout.get("ignore_eos", False)), **sampling_params}  # as verl's server
         where = origin.get()
         group = where.group_id if where else request_id
         own = f"{group}:{where.session_id if where else 0}:{request_id}:{next(self._turns)}"
         seed = sampling_params.get("seed")
-        if seed is None and getattr(rollout, "full_determinism", False):
+        if seed is None and rollout.get("full_determinism", False):
             stable = f"{where.session_id if where else 0}:{','.join(map(str, prompt))}"
             seed = request_seed(int(rollout.seed), stable)
         await self._load_balancer.open_request.remote(own, group, len(prompt), budget)
         try:
-            parts = await self._chunks(own, prompt, sampling_params, budget, seed, kwargs)
+            parts = await self._chunks(own, prompt, params, budget, seed, kwargs)
         except BaseException:
             self._load_balancer.close_request.remote(own)
             raise

@@ -20,6 +20,7 @@ _TQ = "verl.trainer.ppo.v1.agent_loop_tq"
 
 HOOKS: tuple[Hook, ...] = (
     Hook(_SERVER, ("config", "load_balancer_handle"), "divided generation"),
+    Hook(f"{_SERVER}._load_balancer", (), "the router"),
     Hook(f"{_SERVER}.generate", ("request_id", "prompt_ids", "sampling_params"), "divided generation"),
     Hook(f"{_SERVER}._acquire_server", ("request_id",), "placing chunks"),
     Hook(f"{_SERVER}._release_server", ("server_id", "request_id"), "placing chunks"),
@@ -41,6 +42,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook("verl.workers.config.rollout:RolloutConfig.max_num_seqs", (), "capacities"),
     Hook("verl.workers.config.model:HFModelConfig.generation_config", (), "stop tokens"),
     Hook("verl.workers.config.model:HFModelConfig.tokenizer", (), "stop tokens"),
+    Hook("verl.workers.config.model:HFModelConfig.hf_config", (), "the model's context"),
     Hook("verl.utils.config:omega_conf_to_dataclass", (), "stop tokens"),
 )
 CPU_HOOKS: tuple[Hook, ...] = (

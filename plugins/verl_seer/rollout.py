@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.rollout.llm_server import LLMServerClient
 
 from verl_seer import compat
 from verl_seer.chunks import stop_token_ids
@@ -48,24 +49,41 @@ class SeerAgentLoopManager(AgentLoopManagerTQ):
     def __init__(self, config: Any, llm_client: Any, *args: Any, **kwargs: Any) -> None:
         compat.require()
         options = SeerOptions.of(config)
+        _check(config, llm_client)
         _configure(config, llm_client._load_balancer, options)
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         stops = stop_token_ids(
             getattr(model.tokenizer, "eos_token_id", None),
             getattr(model.generation_config, "eos_token_id", None),
         )
-        client = SeerClient(config=config, load_balancer_handle=llm_client._load_balancer, stop_ids=stops)
+        client = SeerClient(
+            config=config,
+            load_balancer_handle=llm_client._load_balancer,
+            stop_ids=stops,
+            max_model_len=getattr(model.hf_config, "max_position_embeddings", None),
+        )
         super().__init__(config, client, *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(SeerAgentLoopWorker)
 
 
-def _configure(config: Any, router: Any, options: SeerOptions) -> None:
-    """Tells the router its options and each server's capacity."""
-    if not hasattr(router, "configure"):
+def _check(config: Any, llm_client: Any) -> None:
+    name = config.actor_rollout_ref.rollout.name
+    if name != "vllm":
+        raise ValueError(f"actor_rollout_ref.rollout.name must be vllm for Seer, got {name!r}")
+    if type(llm_client) is not LLMServerClient:
+        raise ValueError(
+            f"Seer goes with verl's synchronous trainer, whose client is LLMServerClient, got "
+            f"{type(llm_client).__name__}: set trainer.v1.trainer_mode=sync"
+        )
+    if not hasattr(llm_client._load_balancer, "configure"):
         raise ValueError(
             "actor_rollout_ref.rollout.router_config_path does not name Seer's router: "
             "compose verl's config with +seer=rollout"
         )
+
+
+def _configure(config: Any, router: Any, options: SeerOptions) -> None:
+    """Tells the router its options and each server's capacity."""
     rollout = config.actor_rollout_ref.rollout
     running = options.max_running or int(rollout.max_num_seqs)
     capacity = {}
