@@ -12,9 +12,9 @@ NOX := .nox/bootstrap/bin/nox
 VLLM := .nox/vllm
 SOURCES := $(shell git ls-files kernels models plugins cli CMakeLists.txt pyproject.toml noxfile.py 2>/dev/null)
 
-.PHONY: help serve test bench lint doctor clean
+.PHONY: help serve test test-stacks bench lint doctor clean
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 serve: $(VLLM)/.ready ## an OpenAI-compatible vLLM server with a small trained Kimi Linear model (MODEL=, HOST=, PORT=, ARGS=)
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(VLLM)/bin/vllm serve $(MODEL) \
@@ -22,6 +22,9 @@ serve: $(VLLM)/.ready ## an OpenAI-compatible vLLM server with a small trained K
 
 test: $(NOX) ## every check: lint, kernels, models, a real vLLM server; each stack in its own environment
 	$(NOX)
+
+test-stacks: $(NOX) ## real Megatron processes of both versions, real NIXL processes over links that break
+	$(NOX) -s megatron nixl
 
 lint: $(NOX) ## ruff, mypy, import rules
 	$(NOX) -s lint

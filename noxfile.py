@@ -1,6 +1,6 @@
 """Test environments: one per stack, because the stacks pin conflicting versions.
 
-`make test` runs the default sessions; `nox -s vllm -- -k parity` passes arguments on to pytest.
+`make test` runs the default sessions, `make test-stacks` those of Megatron and NIXL; `nox -s vllm -- -k parity` passes arguments on to pytest.
 On a machine where `pip install torch` would take the CUDA build, name the index of PyTorch's CPU wheels:
 `make test TORCH_INDEX=<url>` (see the README).
 """
@@ -14,9 +14,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = [
-    "lint", "kernels-3.11", "muonclip", "vllm", "megatron(0.16.1)", "megatron(0.19.2)", "nixl",
-]  # fmt: skip
+nox.options.sessions = ["lint", "kernels-3.11", "muonclip", "vllm"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
