@@ -20,7 +20,7 @@ serve: $(VLLM)/.ready ## an OpenAI-compatible vLLM server with a small trained K
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(VLLM)/bin/vllm serve $(MODEL) \
 	  --served-model-name $(notdir $(MODEL)) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(NOX) ## every check: lint, kernels, models, a real vLLM server; each stack in its own environment
+test: $(NOX) ## lint, kernels, models, MuonClip, a real vLLM server; each stack in its own environment
 	$(NOX)
 
 test-stacks: $(NOX) ## real Megatron processes of both versions, real NIXL processes over links that break

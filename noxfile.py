@@ -1,6 +1,7 @@
 """Test environments: one per stack, because the stacks pin conflicting versions.
 
-`make test` runs the default sessions, `make test-stacks` those of Megatron and NIXL; `nox -s vllm -- -k parity` passes arguments on to pytest.
+`make test` runs the default sessions, `make test-stacks` those of Megatron and NIXL;
+`nox -s vllm -- -k parity` passes arguments on to pytest.
 On a machine where `pip install torch` would take the CUDA build, name the index of PyTorch's CPU wheels:
 `make test TORCH_INDEX=<url>` (see the README).
 """
