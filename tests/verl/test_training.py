@@ -1,0 +1,156 @@
+"""Real GRPO training on the CPU, with Seer and without: verl's trainer, FSDP2 over gloo, two vLLM replicas.
+
+With greedy decoding the two runs must sample the same responses. The model has random weights in float32, so that no
+two logits are equal, and one token in twelve is a stop token, so that responses end everywhere in a chunk.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("verl.workers.rollout.router", reason="needs verl, Ray and their dependencies")
+
+STEPS, PROMPTS, GROUP = 2, 4, 4
+CHUNK, LIMIT = 8, 48
+
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return (len(solution_str) % 7) / 7.0
+"""
+
+
+def make_inputs(folder: Path) -> None:
+    """A tokenizer, a random Qwen2 of 150 thousand parameters and 8 prompts."""
+    import pandas
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        ["what is 12 + 30 user assistant"] * 20,
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, head_dim=32,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer), 12)]
+    model.save_pretrained(folder / "model")
+    rows = [
+        {
+            "data_source": "toy",
+            "prompt": [{"role": "user", "content": f"what is {i} + {7 * i}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(8 * i)},
+            "extra_info": {"index": i, "split": "train"},
+        }
+        for i in range(STEPS * PROMPTS)
+    ]
+    pandas.DataFrame(rows).to_parquet(folder / "data.parquet")
+    (folder / "reward.py").write_text(REWARD)
+
+
+def overrides(folder: Path, out: Path) -> list[str]:
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    return [
+        "algorithm.adv_estimator=grpo", "trainer.device=cpu", "trainer.logger=[console]",
+        f"trainer.total_training_steps={STEPS}", "trainer.n_gpus_per_node=2", "trainer.nnodes=1",
+        "trainer.val_before_train=False", "trainer.test_freq=-1", "trainer.save_freq=-1",
+        f"trainer.rollout_data_dir={out}", f"trainer.default_local_dir={out}/checkpoints",
+        f"data.train_files={folder}/data.parquet", f"data.val_files={folder}/data.parquet", "data.shuffle=False",
+        f"data.train_batch_size={PROMPTS}", "data.max_prompt_length=96", f"data.max_response_length={LIMIT}",
+        "data.dataloader_num_workers=0",
+        f"actor_rollout_ref.model.path={folder}/model", "actor_rollout_ref.model.use_remove_padding=False",
+        "+actor_rollout_ref.model.override_config.attn_implementation=eager",
+        f"{actor}.strategy=fsdp2", f"{actor}.ppo_mini_batch_size={PROMPTS}", f"{actor}.use_torch_compile=False",
+        f"{actor}.ppo_micro_batch_size_per_gpu=2", f"{actor}.use_kl_loss=False",
+        f"{rollout}.name=vllm", f"{rollout}.n={GROUP}", f"{rollout}.top_k=1", f"{rollout}.dtype=float32",
+        f"{rollout}.tensor_model_parallel_size=1", f"{rollout}.log_prob_micro_batch_size_per_gpu=4",
+        f"{rollout}.enforce_eager=True", f"+{rollout}.enable_sleep_mode=False", f"{rollout}.free_cache_engine=False",
+        f"{rollout}.max_model_len=144", f"{rollout}.max_num_seqs=8", f"{rollout}.max_num_batched_tokens=512",
+        f"{rollout}.agent.num_workers=1", f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes=16",
+        "reward.num_workers=1", f"reward.custom_reward_function.path={folder}/reward.py",
+        "reward.custom_reward_function.name=compute_score",
+        # Logical resources: verl reserves eight processors for its queue and waits for them without an end.
+        "+ray_kwargs.ray_init.num_gpus=2", "ray_kwargs.ray_init.num_cpus=16",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        "+ray_kwargs.ray_init.include_dashboard=False", "+ray_kwargs.ray_init.object_store_memory=300000000",
+    ]  # fmt: skip
+
+
+def train(folder: Path, name: str, *more: str) -> tuple[list[list[tuple[str, str]]], str]:
+    """Sorted (prompt, response) of each step, and the run's output."""
+    out = folder / name
+    environment = {
+        **os.environ,
+        "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "RAY_DEDUP_LOGS": "0",
+        "RAY_AUTH_MODE": "disabled", "RAY_prestart_worker_first_driver": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(folder, out), *more]
+    log = folder / f"{name}.log"
+    with log.open("w") as file:
+        code = subprocess.run(
+            command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=1500
+        ).returncode
+    text = log.read_text(errors="replace")
+    assert code == 0, text[-6000:]
+    steps = []
+    for step in range(1, STEPS + 1):
+        rows = [json.loads(line) for line in (out / f"{step}.jsonl").read_text().splitlines()]
+        steps.append(sorted((row["input"], row["output"]) for row in rows))
+    return steps, text
+
+
+@pytest.mark.slow
+def test_seer_samples_what_stock_verl_samples(tmp_path):
+    make_inputs(tmp_path)
+    stock, _ = train(tmp_path, "stock")
+    seer, log = train(
+        tmp_path,
+        "seer",
+        "hydra.searchpath=[pkg://verl_seer.config]",
+        "+seer=rollout",
+        f"seer.chunk_size={CHUNK}",
+    )
+    for step in stock:
+        assert set(collections.Counter(prompt for prompt, _ in step).values()) == {GROUP}
+        assert len(step) == PROMPTS * GROUP
+    assert seer == stock
+    assert len({len(text) for step in stock for _, text in step}) > 1, "responses must differ in length"
+    counts = [
+        [int(n) for n in row]
+        for row in re.findall(
+            r"Seer: (\d+) requests, (\d+) chunks, (\d+) moved, (\d+) lost, (\d+) tokens", log
+        )
+    ]
+    assert len(counts) == STEPS
+    for requests, chunks, _, lost, tokens in counts:
+        assert requests == PROMPTS * GROUP and lost == 0
+        assert tokens / CHUNK <= chunks <= tokens / CHUNK + requests
+        assert chunks > requests, "responses must be longer than a chunk"
