@@ -90,8 +90,8 @@ class SeerClient(LLMServerClient):
         if seed is None and rollout.get("full_determinism", False):
             stable = f"{where.session_id if where else 0}:{','.join(map(str, prompt))}"
             seed = request_seed(int(rollout.seed), stable)
-        await self._load_balancer.open_request.remote(own, group, len(prompt), budget)
         try:
+            await self._load_balancer.open_request.remote(own, group, len(prompt), budget)
             parts = await self._chunks(own, prompt, params, budget, seed, kwargs)
         except BaseException:
             self._load_balancer.close_request.remote(own)

@@ -24,7 +24,6 @@ logger = logging.getLogger("verl.seer")
 # The class behind Ray's decorator, which cannot be derived from.
 _Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
-
 # Every waiting request is one pending call, and Ray's default would be full at 1000.
 RouterActor = ray.remote(max_concurrency=100_000)(SeerRouter)
 
