@@ -2,8 +2,9 @@
 
 python -m benchmarks.muonclip [--quick] [--device cuda]
 
-Step: the optimizer that runs inside Megatron's wrappers, on the matrices of one layer, against torch's AdamW and
-torch's Muon (one matrix after another) on the same matrices, in turn. Processor or GPU time of one process.
+Step: the optimizer that runs inside Megatron's wrappers, on the matrices of one layer, against torch's AdamW, torch's
+Muon (one matrix after another) and, where emerging-optimizers is installed, the Muon of Megatron's own `--optimizer
+muon`, on the same matrices, in turn. Processor or GPU time of one process.
 Bytes: processes over gloo hold the matrices of several layers as Megatron's distributed optimizer cuts them, and send
 what a step sends: gradients reduce-scattered in float32, the exchange of cut matrices in bfloat16, weights gathered.
 Calls of torch.distributed are counted; nothing is computed, so the matrices are 4 times smaller in each dimension.
@@ -20,6 +21,8 @@ import os
 import statistics
 import tempfile
 import time
+import typing
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +92,18 @@ def ours(shapes: list[Shape], device: str) -> MuonClipInner:
     return inner
 
 
+def upstream_muon(shapes: list[Shape], device: str) -> torch.optim.Optimizer | None:
+    """Megatron's own Muon with our options, or None where emerging-optimizers is not installed."""
+    if not hasattr(typing, "override"):
+        typing.override = lambda function: function  # type: ignore[attr-defined]  # its one need of Python 3.12
+    try:
+        from emerging_optimizers.orthogonalized_optimizers.muon import Muon
+    except ImportError:
+        return None
+    weights = parameters(shapes, device)
+    return Muon(weights, 1e-3, 0.95, 0.1, nesterov=True, coefficient_type="simple", extra_scale_factor=0.2)
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(
         v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
@@ -110,9 +125,12 @@ def measure_steps(
             nesterov=True,
             adjust_lr_fn="match_rms_adamw",
         )
+        upstream = upstream_muon(shapes, device)
+        optimizers = {"ours": inner, "adamw": adamw, "muon": muon} | (
+            {"upstream": upstream} if upstream else {}
+        )
         steps = {
-            who: functools.partial(seconds, optimizer.step, device)
-            for who, optimizer in (("ours", inner), ("adamw", adamw), ("muon", muon))
+            who: functools.partial(seconds, optimizer.step, device) for who, optimizer in optimizers.items()
         }
         for step in steps.values():  # makes the state
             step()
@@ -122,6 +140,12 @@ def measure_steps(
                 took[who].append(step())
         mine, theirs, plain = took["ours"], took["muon"], took["adamw"]
         ratios.append(paired_ratio(f"{name}: step time against torch.optim.Muon", mine, theirs, 1.0, "lower"))
+        if upstream:
+            ratios.append(
+                paired_ratio(
+                    f"{name}: step time against Megatron's Muon", mine, took["upstream"], 1.0, "lower"
+                )
+            )
         memory = state_bytes(inner) / state_bytes(adamw)
         ratios.append(Ratio(f"{name}: optimizer state against AdamW", memory, memory, memory, 0.51, "lower"))
         rows.append(
@@ -129,6 +153,7 @@ def measure_steps(
                 "case": name,
                 "ours_ms": statistics.median(mine) * 1e3,
                 "torch_muon_ms": statistics.median(theirs) * 1e3,
+                "megatron_muon_ms": statistics.median(took["upstream"]) * 1e3 if upstream else None,
                 "adamw_ms": statistics.median(plain) * 1e3,
                 "state_mb": state_bytes(inner) / 2**20,
                 "adamw_state_mb": state_bytes(adamw) / 2**20,
@@ -190,6 +215,8 @@ class Counter:
 def join(rank: int, ranks: int, file: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    # The calls that Megatron makes; torch 2.13 has newer names for them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
 
 
@@ -330,8 +357,16 @@ def main() -> None:
 
     table(
         f"One step, {arguments.device}, {arguments.threads} thread(s) on a CPU",
-        ["matrices", "ours ms", "torch Muon ms", "AdamW ms", "state MiB", "AdamW's state MiB"],
-        [[r["case"], *(f"{r[k]:.3g}" for k in list(r)[1:])] for r in steps],
+        [
+            "matrices",
+            "ours ms",
+            "torch Muon ms",
+            "Megatron's Muon ms",
+            "AdamW ms",
+            "state MiB",
+            "AdamW's state MiB",
+        ],
+        [[r["case"], *("-" if r[k] is None else f"{r[k]:.3g}" for k in list(r)[1:])] for r in steps],
     )
     table(
         "MiB sent by all ranks in a step",

@@ -21,4 +21,4 @@ exec torchrun --nproc-per-node "${GPUS:-1}" pretrain_gpt.py \
   --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20 --clip-grad 1.0 --bf16 \
   --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion \
   --mock-data --tokenizer-type NullTokenizer --vocab-size 32767 --split 100,0,0 \
-  --eval-iters 0 --log-interval 10 "$@"
+  --eval-iters 0 --eval-interval 1000 --log-interval 10 "$@"
