@@ -84,7 +84,7 @@ KIMI_INLINE void store_columns(Rows& rows, int64_t t, const float* from, int fir
 }
 
 // Asks for the rows of the tile after the one in work, a share of them with each of its panels: a head's rows are short
-// pieces far apart, which hardware prefetch does not follow. (2048 tokens of 4 heads on Zen 4: 11.0 ms, 13.4 without.)
+// pieces far apart, which hardware prefetch does not follow.
 KIMI_INLINE void prefetch_tile(const HeadInputs& in, const Rows& out, int64_t next, int64_t length, int share,
                                int shares) {
   for (int i = share * kTile / shares; i < (share + 1) * kTile / shares && next + i < length; ++i) {
