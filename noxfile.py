@@ -109,7 +109,7 @@ def kernels(session: nox.Session) -> None:
 def muonclip(session: nox.Session) -> None:
     """MuonClip's own arithmetic, without Megatron, against published formulas and two other Muons."""
     install_torch(session)
-    session.install("-q", *TEST_TOOLS[:2], "triton==3.9.0", "rich", "typer")
+    session.install("-q", *TEST_TOOLS, "triton==3.9.0", "rich", "typer")
     # What Megatron's own Muon runs; all that it needs of Python 3.12 is a name in typing.
     session.install("-q", "--no-deps", "--ignore-requires-python", "emerging-optimizers==0.3.0", "absl-py")
     install_project(session)

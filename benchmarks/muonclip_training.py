@@ -4,8 +4,10 @@ python -m benchmarks.muonclip_training [--quick] [--threads N] [--out FOLDER]
 
 A small decoder (bytes, rotary attention without norms on query or key, SwiGLU) learns the standard library's text.
 
-Logits: a learning rate far above the best one, with Muon alone and with MuonClip, same data and start. The largest
-logit of a step is measured in its forward pass, thus after the clip of the step before and one update since.
+Logits, driven up in two ways, each with Muon alone and with MuonClip, same data and start: by a learning rate far
+above the best one, and by first weights whose logits are beyond 1000 already, at an ordinary rate. A step's largest
+logit is measured in its forward pass, thus before its own clip: after the clip of the step before and one update, on
+tokens that no clip has seen. The second pair is measured again after each step, on the tokens of that step.
 Steps: AdamW and MuonClip each with its best learning rate of a sweep; then MuonClip in shorter runs, each with its
 own whole schedule, and the length at which it reaches AdamW's held-out loss, by interpolation; repeated with other
 starts and data. Losses and steps are no timings; they repeat on one machine for one number of threads.
@@ -56,6 +58,8 @@ class Run:
     warmup: int = 20
     cooldown: float = 0.6  # the last part of the run, in which the learning rate falls to zero
     seed: int = 0
+    scale: float = 1.0  # of the first query and key weights
+    again: bool = False  # also measure each step's logits after it
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -173,17 +177,33 @@ def clip(model: Decoder) -> None:
         scale_rows_(attention.qkv.weight, row_factors(attention.layout, factors))
 
 
+def largest_logit(model: Decoder) -> float:
+    """Of the last forward pass."""
+    return round(max(block.attention.max_logits.max().item() for block in model.blocks), 2)
+
+
+@torch.no_grad()
+def scale_logits(model: Decoder, scale: float) -> None:
+    """Multiply query and key weights by `scale`, thus logits by its square."""
+    for block in model.blocks:
+        attention = block.attention
+        factors = {name: torch.full((attention.heads,), scale) for name in ("q", "k")}
+        scale_rows_(attention.qkv.weight, row_factors(attention.layout, factors))
+
+
 def train(run: Run, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """Loss and largest logit of each step, and the held-out loss at the end; `data` is (training, held out)."""
     torch.manual_seed(run.seed)
     model = Decoder()
+    scale_logits(model, run.scale)
     optimizer = build_optimizer(model, run)
     generator = torch.Generator().manual_seed(run.seed)
-    losses, logits = [], []
+    losses, logits, after = [], [], []
     for step in range(run.steps):
         for group in optimizer.param_groups:
             group["lr"] = run.rate(step)
-        loss = loss_of(model, sample(data[0], run.batch, run.length, generator))
+        batch = sample(data[0], run.batch, run.length, generator)
+        loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -191,11 +211,15 @@ def train(run: Run, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
             clip(model)
         optimizer.zero_grad()
         losses.append(round(loss.item(), 4))
-        logits.append(round(max(block.attention.max_logits.max().item() for block in model.blocks), 2))
+        logits.append(largest_logit(model))
+        if run.again:
+            with torch.no_grad():
+                model(batch[:, :-1])
+            after.append(largest_logit(model))
         if (step + 1) % SHOW_EVERY == 0:
             print(f"  step {step + 1} of {run.steps}: loss {losses[-1]}", flush=True)
     held_out = round(held_out_loss(model, data[1], run.length), 4)
-    return {**asdict(run), "loss": losses, "max_logit": logits, "held_out": held_out}
+    return {**asdict(run), "loss": losses, "max_logit": logits, "logit_after": after, "held_out": held_out}
 
 
 class Trainer:
@@ -217,7 +241,7 @@ class Trainer:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**self.setting, "run": result}) + "\n")
         print(
-            f"{run.optimizer} lr {run.lr:g}, {run.steps} steps, seed {run.seed}: held-out loss "
+            f"{run.optimizer} lr {run.lr:g}, {run.steps} steps, seed {run.seed}, scale {run.scale:g}: held-out loss "
             f"{result['held_out']}, largest logit {max(result['max_logit']):.0f}{note}",
             flush=True,
         )
@@ -263,6 +287,10 @@ def single(name: str, value: float, goal: float, better: Literal["higher", "lowe
     return Ratio(name, value, value, value, goal, better)
 
 
+def loss_ratio(pair: dict[str, dict[str, Any]]) -> float:
+    return pair["muonclip"]["held_out"] / pair["muon"]["held_out"]
+
+
 def longest_over(logits: Sequence[float]) -> int:
     """The most steps in a row with a logit over tau."""
     return max(
@@ -279,29 +307,32 @@ def steps_to(target: float, runs: list[dict[str, Any]]) -> float:
 
 def draw(
     hot: list[dict],
+    high: list[dict],
     adamw: list[dict],
     muonclip: list[dict],
     reached: list[tuple[dict, list[dict]]],
     path: Path,
 ) -> None:
-    """Plot the hot runs, the sweeps, and for each seed (AdamW's run, MuonClip's of several lengths)."""
+    """Plot the runs with large logits, the sweeps, and for each seed (AdamW's run, MuonClip's of several lengths)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = {"muon": "Muon alone", "muonclip": "MuonClip", "adamw": "AdamW"}
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5))
-    (logits, losses), (sweep, reach) = axes
-    for run in hot:
-        steps = range(1, len(run["loss"]) + 1)
-        logits.plot(steps, run["max_logit"], label=names[run["optimizer"]])
-        losses.plot(steps, run["loss"], label=f"{names[run['optimizer']]}, held out {run['held_out']:.3f}")
-    logits.axhline(TAU, color="k", linestyle=":", label="tau")
-    logits.set(
-        yscale="log", xlabel="step", ylabel="largest attention logit", title=f"Learning rate {hot[0]['lr']:g}"
-    )
-    losses.set(xlabel="step", ylabel="training loss (nats per byte)", title="The same two runs")
+    figure, axes = plt.subplots(3, 2, figsize=(11, 11))
+    sweep, reach = axes[2]
+    titles = (f"Learning rate {hot[0]['lr']:g}", f"First weights of large logits, rate {high[0]['lr']:g}")
+    for (logits, losses), pair, title in zip(axes, (hot, high), titles):
+        for color, run in zip(("C0", "C1"), pair):
+            steps, name = range(1, len(run["loss"]) + 1), names[run["optimizer"]]
+            logits.plot(steps, run["max_logit"], color, label=name)
+            if run["again"]:
+                logits.plot(steps, run["logit_after"], color, linestyle="--", label=f"{name}, after the step")
+            losses.plot(steps, run["loss"], color, label=f"{name}, held out {run['held_out']:.3f}")
+        logits.axhline(TAU, color="k", linestyle=":", label="tau")
+        logits.set(yscale="log", xlabel="step", ylabel="largest attention logit", title=title)
+        losses.set(xlabel="step", ylabel="training loss (nats per byte)", title="The same two runs")
     for runs in (adamw, muonclip):
         ordered = sorted(runs, key=lambda run: run["lr"])
         sweep.plot(
@@ -349,17 +380,34 @@ def main() -> None:
     data = tuple(as_bytes(part) for part in split(load_corpus()))
     name = "muonclip_training_quick" if arguments.quick else "muonclip_training"
     trained = Trainer(data, arguments.out / f"{name}.partial.jsonl")
-    small = {"batch": 8} if arguments.quick else {}
-    hot = {n: trained(Run(n, 0.2, 60 if arguments.quick else 150, **small)) for n in ("muon", "muonclip")}
+    small = {"batch": 8, "length": 64} if arguments.quick else {}
+    length = 60 if arguments.quick else 150
+    hot = {n: trained(Run(n, 0.2, length, **small)) for n in ("muon", "muonclip")}
+    high = {n: trained(Run(n, 0.01, length, scale=60.0, again=True, **small)) for n in ("muon", "muonclip")}
     logits, largest = hot["muonclip"]["max_logit"], {n: max(run["max_logit"]) for n, run in hot.items()}
+    high_after = {n: max(run["logit_after"]) for n, run in high.items()}
     ratios = [
-        single("largest logit, Muon alone, to 1000", largest["muon"] / 1000, 1.0, "higher"),
-        single("largest logit, MuonClip, to tau", largest["muonclip"] / TAU, 1.5),
+        single("high rate: largest logit, Muon alone, to 1000", largest["muon"] / 1000, 1.0, "higher"),
+        single("high rate: largest logit, MuonClip, to tau", largest["muonclip"] / TAU, 1.5),
+        single("high rate: held-out loss, MuonClip to Muon alone", loss_ratio(hot), 1.01),
         single(
-            "held-out loss, MuonClip to Muon alone",
-            hot["muonclip"]["held_out"] / hot["muon"]["held_out"],
-            1.01,
+            "high start: largest logit of the first step, to 1000",
+            high["muonclip"]["max_logit"][0] / 1000,
+            1.0,
+            "higher",
         ),
+        single(
+            "high start: least of a later step, Muon alone, to tau",
+            min(high["muon"]["max_logit"]) / TAU,
+            1.0,
+            "higher",
+        ),
+        single(
+            "high start: largest after a step on its tokens, MuonClip, to tau",
+            high_after["muonclip"] / TAU,
+            1.05,
+        ),
+        single("high start: held-out loss, MuonClip to Muon alone", loss_ratio(high), 1.01),
     ]
     reached: list[tuple[dict, list[dict]]] = []
     if arguments.quick:
@@ -389,10 +437,16 @@ def main() -> None:
             )
         )
 
-    everything = [*hot.values(), *adamw, *muonclip, *(r for target, runs in reached for r in (target, *runs))]
+    everything = [
+        *hot.values(),
+        *high.values(),
+        *adamw,
+        *muonclip,
+        *(r for target, runs in reached for r in (target, *runs)),
+    ]
     distinct = list({tuple(run[f.name] for f in fields(Run)): run for run in everything}.values())
     table(
-        "Runs: far above the best rate, then each optimizer's sweep from best to worst, then other seeds and lengths",
+        "Runs: far above the best rate, from large logits, each sweep from best to worst, other seeds and lengths",
         ["run", "learning rate", "steps", "seed", "held-out loss", "largest logit"],
         [
             [
@@ -406,7 +460,7 @@ def main() -> None:
             for r in distinct
         ],
     )
-    draw(list(hot.values()), adamw, muonclip, reached, arguments.out / f"{name}.png")
+    draw(list(hot.values()), list(high.values()), adamw, muonclip, reached, arguments.out / f"{name}.png")
     over = [x / TAU for x in logits if x > TAU]
     print_result(
         "muonclip_training",
@@ -419,8 +473,19 @@ def main() -> None:
             "longest_over_tau": longest_over(logits),
             "largest": largest,
         },
+        high_start={
+            n: {
+                "first": run["max_logit"][0],
+                "later": [min(run["max_logit"][1:]), max(run["max_logit"][1:])],
+                "after_a_step": high_after[n],
+            }
+            for n, run in high.items()
+        },
         best_rates={runs[0]["optimizer"]: runs[0]["lr"] for runs in (adamw, muonclip)},
-        runs=[{k: v for k, v in run.items() if k not in ("loss", "max_logit")} for run in distinct],
+        runs=[
+            {k: v for k, v in run.items() if k not in ("loss", "max_logit", "logit_after")}
+            for run in distinct
+        ],
     )
     trained.file.unlink()
 

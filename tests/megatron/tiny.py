@@ -79,7 +79,10 @@ class LocalLatentAttention(DotProductAttention):
 def start(case: Case) -> None:
     """Make the process groups of `case`, after those of an earlier one."""
     if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_model_parallel()  # forgets the groups, whose threads live on
+        for group in list(torch.distributed.distributed_c10d._world.pg_map):
+            if group is not torch.distributed.group.WORLD:
+                torch.distributed.destroy_process_group(group)
     parallel_state.initialize_model_parallel(case.tp, case.pp, case.vpp, expert_model_parallel_size=case.ep)
     tensor_parallel.random.initialize_rng_tracker(force_reset=True)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
