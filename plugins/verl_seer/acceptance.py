@@ -63,6 +63,17 @@ class AcceptanceStats:
             for accepted, reached in zip(self._accepted, self._reached)
         ]
 
+    def chained(self, weight: float = 10.0) -> list[float]:
+        """As `conditional`, each position leaning on the one before it with the weight of so many drafts.
+
+        So a position that is hardly reached is not thought better than those that keep drafts from reaching it.
+        """
+        out, before = [], self.prior
+        for accepted, reached in zip(self._accepted, self._reached):
+            before = (accepted + weight * before) / (reached + weight)
+            out.append(before)
+        return out
+
     def cumulative(self) -> list[float]:
         """Probability that positions 1 to i are all accepted; index 0 is position 1. Never rises."""
         out, product = [], 1.0

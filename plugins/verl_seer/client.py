@@ -18,6 +18,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from verl_seer.chunks import Parts, chunk_params, divisible, ended, request_seed, token_budget
+from verl_seer.drafting.names import chunk_name, response_name
 from verl_seer.router import Grant
 
 logger = logging.getLogger("verl.seer")
@@ -85,7 +86,7 @@ class SeerClient(LLMServerClient):
         params = {"ignore_eos": bool(rollout.get("ignore_eos", False)), **sampling_params}  # as verl's server
         where = origin.get()
         group = where.group_id if where else request_id
-        own = f"{group}:{where.session_id if where else 0}:{request_id}:{next(self._turns)}"
+        own = response_name(group, where.session_id if where else 0, request_id, next(self._turns))
         seed = sampling_params.get("seed")
         if seed is None and rollout.get("full_determinism", False):
             stable = f"{where.session_id if where else 0}:{','.join(map(str, prompt))}"
@@ -114,10 +115,10 @@ class SeerClient(LLMServerClient):
         seed: int | None,
         kwargs: dict[str, Any],
     ) -> Parts:
-        parts = Parts()
+        parts, lives = Parts(), 0
         for attempt in itertools.count():
             grant: Grant = await self._load_balancer.next_chunk.remote(own)
-            chunk_id = f"{own}:{attempt}"
+            chunk_id = chunk_name(own, lives, len(parts.tokens), attempt, grant.probe)
             self._granted[chunk_id] = grant
             try:
                 output = await super().generate(
@@ -131,6 +132,7 @@ class SeerClient(LLMServerClient):
                     raise
                 logger.warning("Seer: chunk %s was lost with its server: %s", chunk_id, type(error).__name__)
                 await self._load_balancer.server_lost.remote(grant.server_id)
+                lives += 1
                 continue
             finally:
                 self._granted.pop(chunk_id, None)
@@ -142,6 +144,7 @@ class SeerClient(LLMServerClient):
             )
             new = len(output.token_ids)
             if not await self._load_balancer.chunk_done.remote(own, grant.server_id, new, done):
+                lives += 1
                 continue  # the server was removed meanwhile and the chunk is granted anew
             parts.add(output)
             if done:
@@ -159,7 +162,7 @@ class SeerClient(LLMServerClient):
             super()._release_server(server_id, request_id)
 
     def _vllm_request_id(self, request_id: str) -> str:
-        """Chunks keep their name in the engine: it begins with the group's id."""
+        """Chunks keep their name in the engine: the drafter there reads it (`drafting.names`)."""
         return request_id if request_id in self._granted else super()._vllm_request_id(request_id)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from kimi_stack.compat import Hook, LiveSource, Source, TreeSource, missing
 
 TESTED = "0.9.1"
+TESTED_VLLM = "0.32.0"
 
 _SERVER = "verl.workers.rollout.llm_server:LLMServerClient"
 _TQ = "verl.trainer.ppo.v1.agent_loop_tq"
@@ -51,11 +52,24 @@ CPU_HOOKS: tuple[Hook, ...] = (
     Hook("verl.plugin.platform.platform_base:PlatformBase", (), "the platform"),
     Hook("verl.workers.engine.base:EngineRegistry.get_engine_cls", (), "VERL_ENGINE_DEVICE"),
 )
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+VLLM_HOOKS: tuple[Hook, ...] = (
+    Hook("vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer", (), "drafting"),
+    Hook(f"{_RUNNER}.propose_draft_token_ids", ("scheduler_output", "sampled_token_ids"), "drafting"),
+    Hook(f"{_RUNNER}._input_fits_in_drafter", (), "drafts near the model's context"),
+    Hook("vllm.v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens", (), "accepted tokens"),
+    Hook("vllm.v1.core.sched.output:SchedulerOutput.total_num_scheduled_tokens", (), "step times"),
+    Hook("vllm.v1.worker.gpu_input_batch:InputBatch.req_ids", (), "the group of a request"),
+    Hook("vllm.v1.worker.gpu_input_batch:CachedRequestState.sampling_params", (), "limits of drafts"),
+    Hook("vllm.v1.worker.worker_base:WorkerBase", (), "the draft server's address"),
+    Hook("vllm.distributed.parallel_state:get_tp_group", (), "drafting once per engine"),
+    Hook("vllm.config:VllmConfig.additional_config", (), "options of the drafter"),
+)
 
 
-def root() -> Path | None:
-    """The folder whose ``verl`` this Python would import."""
-    spec = importlib.util.find_spec("verl")
+def root(package: str = "verl") -> Path | None:
+    """The folder whose `package` this Python would import."""
+    spec = importlib.util.find_spec(package)
     return None if spec is None or spec.origin is None else Path(spec.origin).parents[1]
 
 
@@ -77,6 +91,16 @@ def problems(source: Source | None = None) -> list[str]:
     return missing(HOOKS + CPU_HOOKS, source)
 
 
+def vllm_problems(source: Source | None = None) -> list[str]:
+    """What the vLLM here lacks for drafting, one line each; parsed from its files if no source is given."""
+    if source is None:
+        folder = root("vllm")
+        if folder is None:
+            return ["vllm is not installed"]
+        source = TreeSource(folder)
+    return missing(VLLM_HOOKS, source)
+
+
 @lru_cache(maxsize=1)
 def require() -> None:
     """Check the verl that is imported.
@@ -91,9 +115,23 @@ def require() -> None:
         )
 
 
+@lru_cache(maxsize=1)
+def require_vllm() -> None:
+    """Check the vLLM that is imported.
+
+    Raises:
+        RuntimeError: names what is missing.
+    """
+    lacking = missing(VLLM_HOOKS, LiveSource())
+    if lacking:
+        raise RuntimeError(
+            f"Seer cannot draft in this vLLM (it is tested with {TESTED_VLLM}): " + "; ".join(lacking)
+        )
+
+
 def main() -> int:
-    found = problems()
-    print("\n".join(found) if found else f"verl {version()}: all symbols are there")
+    found = problems() + vllm_problems()
+    print("\n".join(found) if found else f"verl {version()} and its vLLM: all symbols are there")
     return 1 if found else 0
 
 

@@ -21,11 +21,12 @@ logger = logging.getLogger("verl.seer")
 
 @dataclass(frozen=True)
 class Grant:
-    """One chunk that a client may run now. `server` is verl's handle of `server_id`."""
+    """One chunk that a client may run now. `server` is verl's handle of `server_id`; `probe` as in `Request`."""
 
     server_id: str
     server: Any
     max_tokens: int
+    probe: bool
 
 
 @dataclass
@@ -174,7 +175,8 @@ class SeerRouter:
             if assignment is None:
                 break
             request_id, server_id = assignment.request_id, assignment.instance_id
-            grant = Grant(server_id, self._servers[server_id], assignment.max_tokens)
+            probe = self._scheduler.request(request_id).probe
+            grant = Grant(server_id, self._servers[server_id], assignment.max_tokens, probe)
             self._grants[request_id].set_result(grant)
             if request_id in self._cancelled:
                 self._finish(request_id)

@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.kimi_stack")
 ARCHITECTURE = "KimiLinearForCausalLM"
 OUR_CLASS = "vllm_kimi.model:KimiLinearForCausalLM"
 # Drafts that need nothing of the model but its tokens; the others read hidden states we do not hand out.
-DRAFTERS = ("ngram", "suffix")
+DRAFTERS = ("ngram", "suffix", "custom_class")
 
 # vLLM's own registry entry, kept so that a choice of "upstream" can put it back.
 _upstream: dict[str, Any] = {}
@@ -141,7 +141,7 @@ def refuse(vllm_config: Any, config: KimiLinearConfig) -> None:
     drafter = getattr(vllm_config.speculative_config, "method", None)
     if vllm_config.speculative_config is not None and drafter not in DRAFTERS:
         raise ValueError(
-            f"speculative method is {drafter!r}: with Kimi Linear our class takes {' and '.join(DRAFTERS)}; "
+            f"speculative method is {drafter!r}: with Kimi Linear our class takes {', '.join(DRAFTERS)}; "
             "use one of them, or remove --speculative-config"
         )
 

@@ -191,7 +191,7 @@ BAD_ENGINES: list[tuple[str, Any, dict[str, Any], str]] = [
         "drafter",
         None,
         {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
-        "speculative method is 'ngram_gpu': with Kimi Linear our class takes ngram and suffix",
+        "speculative method is 'ngram_gpu': with Kimi Linear our class takes ngram, suffix, custom_class",
     ),
     ("cache dtype", None, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype is 'fp8"),
     ("expert parallel", None, {"enable_expert_parallel": True}, "enable_expert_parallel is set"),

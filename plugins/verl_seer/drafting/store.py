@@ -12,7 +12,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from verl_seer.drafting.types import EMPTY_DRAFT, TOKEN_LIMIT, Draft, DraftOptions, TokenIds, check_tokens
 
@@ -174,17 +174,24 @@ class GroupDrafter:
 
     Args:
         make_index: makes an empty index, e.g. ``lambda: NativeIndex(vocab_size)``.
+        draft_batch: drafts from many of these indices at once (`native.draft_batch`); None asks one after the other.
         max_group_tokens: when a group holds more, all but the last half of that, shared by its requests, is forgotten.
         max_groups: groups held; beyond it the one used longest ago is dropped and starts over when it is seen again.
     """
 
     def __init__(
-        self, make_index: Callable[[], Index], max_group_tokens: int = 1 << 20, max_groups: int = 4096
+        self,
+        make_index: Callable[[], Index],
+        max_group_tokens: int = 1 << 20,
+        max_groups: int = 4096,
+        draft_batch: Callable[[Sequence[Any], Sequence[str], Sequence[DraftOptions]], list[Draft]]
+        | None = None,
     ) -> None:
         for name, value in (("max_group_tokens", max_group_tokens), ("max_groups", max_groups)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._make, self.max_group_tokens, self.max_groups = make_index, max_group_tokens, max_groups
+        self._draft_batch = draft_batch or _one_by_one
         self.epoch = 0
         self._groups: OrderedDict[str, _Group] = OrderedDict()
 
@@ -192,6 +199,22 @@ class GroupDrafter:
     def groups(self) -> list[str]:
         """Groups held, the one used longest ago first."""
         return list(self._groups)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held, prompts included."""
+        return sum(group.held for group in self._groups.values())
+
+    def __contains__(self, group_id: str) -> bool:
+        return group_id in self._groups
+
+    def clear(self) -> None:
+        """Forgets all groups."""
+        self._groups.clear()
+
+    def drop(self, group_id: str) -> None:
+        """Forgets a group; one that is not here is no error."""
+        self._groups.pop(group_id, None)
 
     def open(self, group_id: str, prompt: TokenIds) -> None:
         """Makes the group's index from its prompt, unless there is one."""
@@ -228,6 +251,19 @@ class GroupDrafter:
             group.held = sum(min(keep, n + len(group.prompt_tail)) for n in group.positions.values()) + keep
         return group.positions[request_id]
 
+    def extend(self, group_id: str, request_id: str, position: int, tokens: TokenIds) -> int:
+        """Takes in a response's tokens from `position` on, as far as they are new; returns how many were.
+
+        Nothing is taken of a group that is not here, or from behind a gap.
+        """
+        group = self._groups.get(group_id)
+        held = 0 if group is None else group.positions.get(request_id, 0)
+        fresh = tokens[held - position :]
+        if group is None or position > held or len(fresh) == 0:
+            return 0
+        self.append(group_id, request_id, fresh)
+        return len(fresh)
+
     def sync(self, group_id: str, delta: Delta) -> int:
         """Takes in what the server had behind the cursors; returns how many tokens were new.
 
@@ -249,11 +285,24 @@ class GroupDrafter:
         self._groups.move_to_end(group_id)
         return group.index.draft(f"response {request_id}", options)
 
+    def drafts(self, rows: Sequence[tuple[str, str, DraftOptions]]) -> list[Draft]:
+        """`draft` for each (group, request, options) of groups that are here."""
+        indices = [self._groups[group].index for group, _, _ in rows]
+        return self._draft_batch(
+            indices, [f"response {request}" for _, request, _ in rows], [o for *_, o in rows]
+        )
+
     def _group(self, group_id: str) -> _Group:
         try:
             return self._groups[group_id]
         except KeyError:
             raise ValueError(f"group_id {group_id!r} is not open: open it with its prompt first") from None
+
+
+def _one_by_one(
+    indices: Sequence[Index], names: Sequence[str], options: Sequence[DraftOptions]
+) -> list[Draft]:
+    return [index.draft(name, o) for index, name, o in zip(indices, names, options)]
 
 
 def replay(draft: Draft, truth: Sequence[int]) -> int:

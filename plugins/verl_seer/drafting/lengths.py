@@ -1,0 +1,133 @@
+"""Draft lengths of a running engine: Algorithm 1 fed with what the engine's own steps cost and accept."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from statistics import median
+
+from verl_seer.acceptance import AcceptanceStats
+from verl_seer.budget import BudgetConfig, draft_budget
+
+WINDOW = 32  # steps that are remembered of each size
+
+
+class StepTimes:
+    """Seconds of a decoding step by the number of tokens that it runs, from the steps that were seen.
+
+    Steps of similar size (within a fifth) share a median over the last `WINDOW` of them; between sizes it is
+    linear, and it never falls with size. Beyond the largest size the last slope goes on: with one size only it is
+    flat, which makes longer drafts look free, so that they are tried.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[tuple[int, float]]] = {}
+        self._curve: tuple[list[float], list[float]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._seen)
+
+    def record(self, tokens: int, seconds: float) -> None:
+        """One step."""
+        if tokens < 1 or seconds < 0:
+            raise ValueError(f"need tokens >= 1 and seconds >= 0, got {tokens} and {seconds}")
+        self._seen.setdefault(round(4 * math.log2(tokens)), deque(maxlen=WINDOW)).append((tokens, seconds))
+        self._curve = None
+
+    def seconds(self, tokens: int) -> float:
+        """Expected time of a step of so many tokens; 0 if none was seen."""
+        if not self._seen:
+            return 0.0
+        if self._curve is None:
+            self._curve = self._fit()
+        sizes, times = self._curve
+        if tokens <= sizes[0] or len(sizes) == 1:
+            return times[0]
+        i = min(bisect_left(sizes, tokens), len(sizes) - 1)
+        slope = (times[i] - times[i - 1]) / (sizes[i] - sizes[i - 1])
+        return times[i] + slope * (tokens - sizes[i])
+
+    def _fit(self) -> tuple[list[float], list[float]]:
+        points = sorted(
+            (median(n for n, _ in steps), median(s for _, s in steps), len(steps))
+            for steps in self._seen.values()
+        )
+        blocks: list[list[float]] = []  # sum of weighted times, weight, sizes in it: pool adjacent violators
+        for _, time, weight in points:
+            blocks.append([time * weight, weight, 1])
+            while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+                last = blocks.pop()
+                blocks[-1] = [a + b for a, b in zip(blocks[-1], last)]
+        times = [total / weight for total, weight, sizes in blocks for _ in range(int(sizes))]
+        return [size for size, _, _ in points], times
+
+
+@dataclass
+class _Costs:
+    steps: StepTimes
+    per_draft: float
+
+    def draft(self, batch: int, length: int) -> float:
+        return batch * self.per_draft if length else 0.0
+
+    def forward(self, batch: int, length: int) -> float:
+        return self.steps.seconds(batch * (length + 1))
+
+
+class DraftLengths:
+    """Algorithm 1 for a running engine.
+
+    Args:
+        config: its options.
+        period: steps between two decisions; a batch that grows or shrinks by a third is decided on at once.
+        explore: every how many steps all requests get one of the lengths 0 to gamma_max in turn, so that costs and
+            acceptance of lengths that are not chosen stay known; 0 is never.
+    """
+
+    def __init__(self, config: BudgetConfig, period: int = 16, explore: int = 32) -> None:
+        if period < 1 or explore < 0:
+            raise ValueError(f"need period >= 1 and explore >= 0, got {period} and {explore}")
+        self.config, self.period, self.explore = config, period, explore
+        self.acceptance = AcceptanceStats(config.gamma_max, prior_weight=0.0)
+        self.times = StepTimes()
+        self._per_draft = 0.0
+        self._step = self._decided_at = self._explored = 0
+        self._decided_for = 0
+        self._lengths = (config.gamma_max, config.gamma_max)
+
+    def verified(self, drafted: int, accepted: int) -> None:
+        """A draft was verified."""
+        self.acceptance.record(drafted, accepted)
+
+    def ran(self, tokens: int, seconds: float) -> None:
+        """A step that only decoded: its tokens, drafts included, and its time without that of drafting."""
+        self.times.record(tokens, seconds)
+
+    def drafted(self, requests: int, seconds: float) -> None:
+        """Drafts were made for so many requests, in this time."""
+        self._per_draft += (seconds / requests - self._per_draft) / 16
+
+    def next(self, high: int, low: int) -> tuple[int, int]:
+        """Draft lengths for the `high` and the `low` requests of the step that comes."""
+        self._step += 1
+        if self.explore and self._step % self.explore == 0:
+            self._explored += 1
+            length = self._explored % (self.config.gamma_max + 1)
+            return length, length
+        batch = high + low
+        due = self._step - self._decided_at >= self.period
+        same = 3 * self._decided_for <= 4 * batch and 3 * batch <= 4 * self._decided_for
+        if self.times and batch and (due or not same):
+            budget = draft_budget(high, low, self._beta(), _Costs(self.times, self._per_draft), self.config)
+            self._lengths = (budget.high, budget.low)
+            self._decided_at, self._decided_for = self._step, batch
+        return self._lengths
+
+    def _beta(self) -> Sequence[float]:
+        beta = self.acceptance.chained()
+        return list(accumulate(beta, mul)) if self.config.rule == "cumulative" else beta
