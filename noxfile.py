@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -56,22 +57,25 @@ def install_vllm(session: nox.Session) -> None:
     session.run_install("python", "-m", "vllm_kimi.cpu_wheel")
 
 
-def run_tests(session: nox.Session, *paths: str) -> None:
+ROOT = Path(__file__).resolve().parent
+
+
+def run_tests(session: nox.Session, *paths: str, options: Sequence[str] = (), **env: str) -> None:
     """Run from a scratch folder so that the installed packages are tested, not the source tree."""
-    root = Path(__file__).parent
-    tests = [str(root / path) for path in paths]
-    arguments = session.posargs or []
+    tests = [str(ROOT / path) for path in paths]
     session.chdir(session.create_tmp())
     session.run(
         "pytest",
         "-c",
-        str(root / "pyproject.toml"),
+        str(ROOT / "pyproject.toml"),
         "--rootdir",
-        str(root),
+        str(ROOT),
         "-p",
         "no:cacheprovider",
         *tests,
-        *arguments,
+        *options,
+        *session.posargs,
+        env=env,
     )
 
 
@@ -103,6 +107,27 @@ def kernels(session: nox.Session) -> None:
     session.install("-q", "--no-deps", "fla-core==0.6.0")  # its plain-torch functions are a peer; they need no Triton
     install_project(session)
     run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/verl/core", "tests/verl/adapters")
+
+
+TRITON, TRITON_OLD = "triton==3.9.0", "triton==3.6.0"
+
+
+@nox.session(python="3.11")
+def triton(session: nox.Session) -> None:
+    """The Triton kernels without a GPU: interpreted on two versions of Triton, and compiled against a budget."""
+    install_torch(session)
+    # The older interpreter cannot loop to a bound known at run time with a newer numpy.
+    session.install("-q", *TEST_TOOLS, TRITON, "numpy==2.2.6", "einops", "rich")
+    session.install("-q", "--no-deps", "fla-core==0.6.0")
+    old = Path(session.virtualenv.location) / TRITON_OLD
+    if not old.is_dir():
+        session.run_install("pip", "install", "-q", "--no-deps", "--target", str(old), TRITON_OLD)
+    install_project(session)
+    tests = sorted(str(path) for path in ROOT.glob("tests/kernels/*/test_*_triton.py"))
+    run_tests(session, *tests, TRITON_INTERPRET="1")
+    run_tests(session, *tests, options=["-m", "not slow"], TRITON_INTERPRET="1", PYTHONPATH=str(old))
+    # Not interpreted: compiled, by the version in most GPU images.
+    run_tests(session, "tests/benchmarks/test_aot.py", PYTHONPATH=os.pathsep.join((str(ROOT), str(old))))
 
 
 @nox.session(python="3.11")

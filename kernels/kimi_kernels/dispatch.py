@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _native
+from . import _native, _triton
 
 logger = logging.getLogger("kimi_kernels")
 
@@ -61,7 +61,8 @@ def register(
     """Decorator: the function is `backend`'s implementation of `op`.
 
     `refuses` gets the arguments of the call and returns None, or the reason why it cannot run them. `native`:
-    a cpu implementation calls the native library; False where torch's own products are the fast path.
+    a cpu implementation calls the native library, a triton one Triton; False where torch's own products are the
+    fast path.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -77,9 +78,9 @@ def _unavailable(op: str, backend: str) -> str | None:
     """Why `backend` cannot run `op` at all on this machine, whatever the input."""
     if backend not in _registry[op]:
         return f"no {backend} implementation of {op}"
-    if backend == "cpu" and _registry[op][backend].native:
-        return _native.unavailable()
-    return None
+    if not _registry[op][backend].native or backend == "reference":
+        return None
+    return _native.unavailable() if backend == "cpu" else _triton.unavailable()
 
 
 def _refusal(op: str, backend: str, device: str, args: tuple[Any, ...]) -> str | None:
@@ -88,6 +89,10 @@ def _refusal(op: str, backend: str, device: str, args: tuple[Any, ...]) -> str |
         return reason
     if backend == "cpu" and device != "cpu":
         return f"takes CPU tensors, got {device}"
+    if backend == "triton" and _registry[op][backend].native:
+        reason = _triton.cannot_run_on(device)
+        if reason is not None:
+            return reason
     return _registry[op][backend].refuses(*args)
 
 
@@ -138,6 +143,8 @@ def backend_report() -> list[BackendChoice]:
             skipped = ""
             for backend in candidates:
                 reason = _unavailable(op, backend)
+                if reason is None and backend == "triton":
+                    reason = _triton.cannot_run_on(device)
                 if reason is None:
                     detail = ""
                     if backend == "cpu":

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_kernels import _native
+from kimi_kernels import _native, _triton
+
+if _triton.interpreting():
+    from kimi_kernels.testing import interpreter
+
+    interpreter.install()
 
 _ISAS = _native.usable_isas() if _native.unavailable() is None else []
 

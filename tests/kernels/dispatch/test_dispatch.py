@@ -93,7 +93,7 @@ def test_an_implementation_can_be_added_without_touching_callers(monkeypatch):
     implementations = dict(dispatch._registry["rmsnorm_gated"])
     monkeypatch.setitem(dispatch._registry, "rmsnorm_gated", implementations)
     refuses = lambda x, *_: None if x.dtype == torch.float32 else f"takes float32, got {x.dtype}"
-    dispatch.register("rmsnorm_gated", "triton", refuses)(lambda x, *_: torch.full_like(x, 7))
+    dispatch.register("rmsnorm_gated", "triton", refuses, native=False)(lambda x, *_: torch.full_like(x, 7))
     monkeypatch.setenv("KIMI_KERNELS_BACKEND", "triton")
     assert torch.equal(norm(), torch.full((2, 8), 7.0))
     with pytest.raises(BackendError, match=r"takes float32, got torch.float64"):
