@@ -24,6 +24,7 @@ class AcceptanceStats:
     prior_weight: float = 10.0
     _reached: list[float] = field(init=False, repr=False)
     _accepted: list[float] = field(init=False, repr=False)
+    _keep: float = field(init=False, repr=False)
     drafts: int = field(init=False, default=0)
     drafted_tokens: int = field(init=False, default=0)
     accepted_tokens: int = field(init=False, default=0)
@@ -37,6 +38,7 @@ class AcceptanceStats:
             raise ValueError(
                 f"prior must be in [0, 1] and prior_weight not negative, got {self.prior} and {self.prior_weight}"
             )
+        self._keep = 0.5 ** (1 / self.half_life) if self.half_life else 1.0
         self._reached = [self.prior_weight] * self.max_length
         self._accepted = [self.prior_weight * self.prior] * self.max_length
 
@@ -51,10 +53,13 @@ class AcceptanceStats:
         self.drafts += 1
         self.drafted_tokens += drafted
         self.accepted_tokens += accepted
-        keep = 0.5 ** (1 / self.half_life) if self.half_life else 1.0
-        for i in range(min(drafted, accepted + 1)):
-            self._reached[i] = self._reached[i] * keep + 1
-            self._accepted[i] = self._accepted[i] * keep + (i < accepted)
+        keep, reached, right = self._keep, self._reached, self._accepted
+        for i in range(accepted):
+            reached[i] = reached[i] * keep + 1
+            right[i] = right[i] * keep + 1
+        if accepted < drafted:
+            reached[accepted] = reached[accepted] * keep + 1
+            right[accepted] *= keep
 
     def conditional(self) -> list[float]:
         """Probability that position i is accepted given that it is reached; index 0 is position 1."""

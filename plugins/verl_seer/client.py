@@ -143,7 +143,9 @@ class SeerClient(LLMServerClient):
                 or len(parts.tokens) + len(output.token_ids) >= budget
             )
             new = len(output.token_ids)
-            if not await self._load_balancer.chunk_done.remote(own, grant.server_id, new, done):
+            cached = output.extra_fields.get("num_cached_tokens")
+            again = len(prompt) + len(parts.tokens) - cached if parts.tokens and cached is not None else 0
+            if not await self._load_balancer.chunk_done.remote(own, grant.server_id, new, done, again):
                 lives += 1
                 continue  # the server was removed meanwhile and the chunk is granted anew
             parts.add(output)

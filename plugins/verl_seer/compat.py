@@ -57,6 +57,12 @@ VLLM_HOOKS: tuple[Hook, ...] = (
     Hook("vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer", (), "drafting"),
     Hook(f"{_RUNNER}.propose_draft_token_ids", ("scheduler_output", "sampled_token_ids"), "drafting"),
     Hook(f"{_RUNNER}._input_fits_in_drafter", (), "drafts near the model's context"),
+    Hook("vllm.v1.sample.rejection_sampler:apply_sampling_constraints", ("logits",), "steps without drafts"),
+    Hook(
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "temperatures of drafts",
+    ),
     Hook("vllm.v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens", (), "accepted tokens"),
     Hook("vllm.v1.core.sched.output:SchedulerOutput.total_num_scheduled_tokens", (), "step times"),
     Hook("vllm.v1.worker.gpu_input_batch:InputBatch.req_ids", (), "the group of a request"),
@@ -64,6 +70,9 @@ VLLM_HOOKS: tuple[Hook, ...] = (
     Hook("vllm.v1.worker.worker_base:WorkerBase", (), "the draft server's address"),
     Hook("vllm.distributed.parallel_state:get_tp_group", (), "drafting once per engine"),
     Hook("vllm.config:VllmConfig.additional_config", (), "options of the drafter"),
+    Hook("vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1", (), "the KV pool"),
+    Hook("vllm.distributed.kv_transfer.kv_connector.v1.base:SupportsHMA", (), "the KV pool"),
+    Hook("vllm.v1.kv_cache_interface:FullAttentionSpec", (), "the KV pool"),
 )
 
 

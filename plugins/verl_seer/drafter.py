@@ -21,11 +21,10 @@ from verl_seer.drafting.engine import EngineDrafter, EngineOptions
 from verl_seer.drafting.link import DraftLink
 from verl_seer.drafting.native import NativeIndex, draft_batch
 from verl_seer.drafting.store import GroupDrafter
+from verl_seer.options import DRAFTER, DRAFTER_OPTIONS
 
 logger = logging.getLogger("verl.seer")
 
-CLASS = "verl_seer.drafter.SeerDrafter"
-CONFIG = "seer_drafting"  # in vLLM's additional_config
 CONTROL = "seer_drafting"  # method of a worker, for collective_rpc
 
 
@@ -43,7 +42,7 @@ class SeerDrafter:
     def __init__(self, vllm_config: Any) -> None:
         compat.require_vllm()
         _install()
-        given = dict((vllm_config.additional_config or {}).get(CONFIG) or {})
+        given = dict((vllm_config.additional_config or {}).get(DRAFTER_OPTIONS) or {})
         self._options = EngineOptions.of(
             {"max_draft": vllm_config.speculative_config.num_speculative_tokens, **given}
         )
@@ -126,7 +125,7 @@ def control(worker: Any, command: str, *args: Any) -> Any:
     if not isinstance(drafter, SeerDrafter):
         raise RuntimeError(
             f"the engine's drafter is {type(drafter).__name__}, not Seer's: set speculative_config to "
-            f"method custom_class with model {CLASS}"
+            f"method custom_class with model {DRAFTER}"
         )
     commands: Mapping[str, Callable[..., Any]] = {
         "connect": drafter.connect,
@@ -161,3 +160,31 @@ def _install() -> None:
 
     GPUModelRunner.propose_draft_token_ids = attended
     setattr(WorkerBase, CONTROL, control)
+    _mend_sampler()
+
+
+def _mend_sampler() -> None:
+    """Two defects of vLLM 0.32's sampler of drafts, with any drafter.
+
+    A step without a draft fails where requests have a top-k, by a maximum over no rows. And on a CPU the temperature
+    and the top-k of a request do not reach its drafts: the kernel that repeats them writes into a copy.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    constrain, expand = rejection_sampler.apply_sampling_constraints, rejection_sampler.expand_batch_to_tokens
+
+    @functools.wraps(constrain)
+    def constrained(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return constrain(logits, *args, **kwargs) if logits.shape[0] else logits
+
+    @functools.wraps(expand)
+    def expanded(
+        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Any:
+        if x.device.type != "cpu":
+            return expand(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts)
+
+    rejection_sampler.apply_sampling_constraints = constrained
+    rejection_sampler.expand_batch_to_tokens = expanded

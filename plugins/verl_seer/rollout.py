@@ -5,7 +5,9 @@ This module imports verl: only verl's processes load it.
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -16,7 +18,11 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl_seer import compat
 from verl_seer.chunks import stop_token_ids
 from verl_seer.client import Origin, SeerClient, kv_capacity, origin
-from verl_seer.options import SeerOptions
+from verl_seer.drafter import CONTROL
+from verl_seer.drafting.engine import DraftCounts
+from verl_seer.drafting.link import DraftService
+from verl_seer.drafting.store import DraftServer
+from verl_seer.options import DRAFTER, KV_CONNECTOR, SeerOptions
 from verl_seer.router import SeerRouter
 
 logger = logging.getLogger("verl.seer")
@@ -26,6 +32,33 @@ _Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
 # Every waiting request is one pending call, and Ray's default would be full at 1000.
 RouterActor = ray.remote(max_concurrency=100_000)(SeerRouter)
+
+
+class DraftServerProcess:
+    """The draft server: everything that the responses of the rollout have said so far.
+
+    The engines reach it over a socket, because a worker of vLLM is not a process of Ray's.
+    """
+
+    def __init__(self) -> None:
+        alone = sum(node["Alive"] for node in ray.nodes()) == 1
+        host = "127.0.0.1" if alone else ray.util.get_node_ip_address()
+        self._service = DraftService(DraftServer(), f"tcp://{host}:0")
+
+    def address(self) -> str:
+        """Where the engines find it."""
+        return self._service.address
+
+    def new_weights(self) -> None:
+        """Forgets everything."""
+        self._service.new_weights()
+
+    def stats(self) -> dict[str, Any]:
+        """See `DraftService.stats`."""
+        return self._service.stats()
+
+
+DraftActor = ray.remote(DraftServerProcess)
 
 
 class SeerAgentLoopWorker(_Worker):
@@ -48,8 +81,9 @@ class SeerAgentLoopManager(AgentLoopManagerTQ):
     def __init__(self, config: Any, llm_client: Any, *args: Any, **kwargs: Any) -> None:
         compat.require()
         options = SeerOptions.of(config)
-        _check(config, llm_client)
+        _check(config, llm_client, options)
         _configure(config, llm_client._load_balancer, options)
+        self._drafts = _start_drafting(config, llm_client._load_balancer) if options.drafting else None
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         stops = stop_token_ids(
             getattr(model.tokenizer, "eos_token_id", None),
@@ -64,15 +98,68 @@ class SeerAgentLoopManager(AgentLoopManagerTQ):
         super().__init__(config, client, *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(SeerAgentLoopWorker)
 
+    def generate_sequences(self, prompts: Any) -> None:
+        """As verl's. A rollout starts with empty drafts: the weights have changed since the last one."""
+        if self._drafts is not None:
+            try:
+                print(_said(ray.get(self._drafts.stats.remote())), flush=True)
+                ray.get(self._drafts.new_weights.remote())
+            except ray.exceptions.RayActorError as error:
+                logger.warning("Seer: the draft server is lost, every engine drafts for itself: %s", error)
+                self._drafts = None
+        super().generate_sequences(prompts)
 
-def _check(config: Any, llm_client: Any) -> None:
-    name = config.actor_rollout_ref.rollout.name
+
+def _engine_option(rollout: Any, name: str) -> Mapping[str, Any]:
+    """An option of vLLM that is a mapping; our YAML gives them as JSON."""
+    value = (rollout.engine_kwargs.get("vllm") or {}).get(name) or {}
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _said(stats: dict[str, Any]) -> str:
+    """One line on what the engines have drafted up to their last exchange with the server."""
+    total = {name: sum(counts[name] for counts in stats["engines"].values()) for name in vars(DraftCounts())}
+    share = total["own_seconds"] / total["step_seconds"] if total["step_seconds"] else 0.0
+    return (
+        f"Seer drafts: {total['accepted']} of {total['drafted']} tokens accepted in {total['drafts']} drafts, "
+        f"{total['received']} tokens from other servers, {share:.2%} of step time"
+    )
+
+
+def _start_drafting(config: Any, router: Any) -> Any:
+    """The draft server, which every engine has been told of."""
+    rollout = config.actor_rollout_ref.rollout
+    mtp = rollout.get("mtp") or {}
+    if _engine_option(rollout, "speculative_config").get("model") != DRAFTER or (
+        mtp.get("enable") and mtp.get("enable_rollout")
+    ):
+        raise ValueError(
+            "seer.drafting needs vLLM's speculative decoding, which engine_kwargs.vllm.speculative_config or "
+            "rollout.mtp use for something else: drop those, or set seer.drafting=false"
+        )
+    drafts = DraftActor.options(num_cpus=0).remote()
+    address = ray.get(drafts.address.remote())
+    servers = ray.get(router.handles.remote()).values()
+    ray.get([server.collective_rpc.remote(CONTROL, args=("connect", address)) for server in servers])
+    logger.warning("Seer drafts: server at %s", address)
+    return drafts
+
+
+def _check(config: Any, llm_client: Any, options: SeerOptions) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    name = rollout.name
     if name != "vllm":
         raise ValueError(f"actor_rollout_ref.rollout.name must be vllm for Seer, got {name!r}")
     if type(llm_client) is not LLMServerClient:
         raise ValueError(
             f"Seer goes with verl's synchronous trainer, whose client is LLMServerClient, got "
             f"{type(llm_client).__name__}: set trainer.v1.trainer_mode=sync"
+        )
+    connector = _engine_option(rollout, "kv_transfer_config").get("kv_connector")
+    if options.kv_pool is not None and connector != KV_CONNECTOR:
+        raise ValueError(
+            f"seer.kv_pool needs vLLM's KV connector, and engine_kwargs.vllm.kv_transfer_config names {connector}: "
+            "drop that, or set seer.kv_pool=null"
         )
     if not hasattr(llm_client._load_balancer, "configure"):
         raise ValueError(

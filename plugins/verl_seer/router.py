@@ -38,6 +38,7 @@ class Counts:
     moved: int = 0
     lost: int = 0
     tokens: int = 0
+    recomputed: int = 0
 
 
 class SeerRouter:
@@ -115,8 +116,13 @@ class SeerRouter:
             raise ValueError(f"request_id {request_id!r} is not open: open_request comes first")
         return await asyncio.shield(self._grants[request_id])
 
-    async def chunk_done(self, request_id: str, server_id: str, new_tokens: int, finished: bool) -> bool:
-        """A chunk has ended. False: it was given away since, because its server was removed; drop its tokens."""
+    async def chunk_done(
+        self, request_id: str, server_id: str, new_tokens: int, finished: bool, recomputed: int = 0
+    ) -> bool:
+        """A chunk has ended. False: it was given away since, because its server was removed; drop its tokens.
+
+        `recomputed` are tokens of the prompt and of earlier chunks that were computed once more for this one.
+        """
         grant = self._grants.get(request_id)
         if grant is None or not grant.done() or grant.result().server_id != server_id:
             return False
@@ -124,6 +130,7 @@ class SeerRouter:
         self._scheduler.completed(request_id, new_tokens, finished)
         self._counts.chunks += 1
         self._counts.tokens += new_tokens
+        self._counts.recomputed += recomputed
         request = self._scheduler.request(request_id)
         if finished or request.generated == request.max_tokens:
             del self._grants[request_id]
@@ -152,7 +159,8 @@ class SeerRouter:
         return dict(self._servers)
 
     def last_rollout(self) -> dict[str, int]:
-        """Requests, chunks, chunks that moved to another server, lost chunks and tokens of the last full rollout."""
+        """Requests, chunks, chunks that moved to another server, lost chunks, tokens and recomputed tokens of the
+        last full rollout."""
         return dict(vars(self._last))
 
     def _need_instances(self) -> None:

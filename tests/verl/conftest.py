@@ -55,6 +55,9 @@ class Engine:
     def reload(self) -> None:
         self._call("reload")
 
+    def reset(self) -> None:
+        self._call("reset")
+
     def ready(self) -> Engine:
         if self._starting:
             self._starting = False

@@ -66,6 +66,12 @@ def reload() -> dict[str, Any]:
     return {}
 
 
+def reset() -> dict[str, Any]:
+    """As verl does before new weights are used."""
+    llm.llm_engine.reset_prefix_cache(reset_connector=True)
+    return {}
+
+
 def main() -> None:
     with (
         os.fdopen(int(sys.argv[1]), "r") as commands,

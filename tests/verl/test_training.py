@@ -1,6 +1,7 @@
 """Real GRPO training on the CPU, with Seer and without: verl's trainer, FSDP2 over gloo, two vLLM replicas.
 
-With greedy decoding the two runs must sample the same responses. The model has random weights in float32, so that no
+With greedy decoding the two runs must sample the same responses: divided, drafted for each other, with KV blocks
+shared between the replicas, over weights that change. The model has random weights in float32, so that no
 two logits are equal, and one token in twelve is a stop token, so that responses end everywhere in a chunk.
 """
 
@@ -137,6 +138,11 @@ def test_seer_samples_what_stock_verl_samples(tmp_path):
         "hydra.searchpath=[pkg://verl_seer.config]",
         "+seer=rollout",
         f"seer.chunk_size={CHUNK}",
+        "seer.draft_update_seconds=0.001",
+        "seer.draft_min_score=0",
+        f"seer.kv_pool={tmp_path}/kv",
+        "seer.affinity_spread=0",  # chunks move as soon as the other server runs less
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=32",
     )
     for step in stock:
         assert set(collections.Counter(prompt for prompt, _ in step).values()) == {GROUP}
@@ -154,3 +160,9 @@ def test_seer_samples_what_stock_verl_samples(tmp_path):
         assert requests == PROMPTS * GROUP and lost == 0
         assert tokens / CHUNK <= chunks <= tokens / CHUNK + requests
         assert chunks > requests, "responses must be longer than a chunk"
+    # Said at the start of each rollout, of all before it: siblings say the same, so that drafts are right.
+    said = re.findall(r"Seer drafts: (\d+) of (\d+) tokens accepted in \d+ drafts, (\d+) tokens from other", log)
+    assert len(said) == STEPS
+    accepted, drafted, _ = (int(n) for n in said[-1])
+    assert 0 < accepted <= drafted
+    assert not list((tmp_path / "kv").iterdir()), "the last weights emptied the pool"

@@ -182,7 +182,7 @@ class EngineDrafter:
             totals: tokens of each row, the new ones included.
             prompts: tokens of each row that the engine got as its prompt.
             token_ids: [rows, tokens] all of them.
-            verified: the drafts that this step verified, by request.
+            verified: the drafts that this step verified, by request; -1 is padding.
             scheduled: tokens that the step ran in all; with rows and drafts it tells whether it only decoded.
             limit: most tokens that a request may have, its prompt included.
         """
@@ -192,7 +192,7 @@ class EngineDrafter:
         forward = start - self._ended
         timed = any(name in self._live for name in request_ids)  # else the engine may have been idle
         for name, new in zip(request_ids, sampled):
-            if new and (draft := verified.get(name)):
+            if new and (draft := verified.get(name)) and draft[0] >= 0:  # else padding of vLLM's
                 accepted = len(new) - 1
                 counts.drafts += 1
                 counts.drafted += len(draft)

@@ -211,15 +211,16 @@ def draft_batch(
             f"and {len(options)}"
         )
     out = [EMPTY_DRAFT] * len(indices)
-    rows = [
-        (i, index._index, index._sequences[request], _options(o))
-        for i, (index, request, o) in enumerate(zip(indices, request_ids, options))
-        if o.token_limit and request in index._sequences
-    ]
+    same = {id(o): _options(o) for o in {id(o): o for o in options}.values()}  # a batch has few of them
+    rows = []
+    for i, (index, request, o) in enumerate(zip(indices, request_ids, options)):
+        sequence, native = index._sequences.get(request), same[id(o)]
+        if sequence is not None and native.max_tokens:
+            rows.append((i, index._index, sequence, native))
     if not rows:
         return out
     n = len(rows)
-    stride = max(row[3].max_tokens for row in rows)
+    stride = max(native.max_tokens for native in same.values())
     int32s, doubles = ctypes.c_int32 * (n * stride), ctypes.c_double * (n * stride)
     tokens, parents, scores = int32s(), int32s(), doubles()
     lengths, matches = (ctypes.c_int32 * n)(), (ctypes.c_int32 * n)()
@@ -238,6 +239,10 @@ def draft_batch(
         )
     )
     for row, (i, *_) in enumerate(rows):
-        span = slice(row * stride, row * stride + lengths[row])
-        out[i] = Draft(tokens[span], parents[span], scores[span], matches[row])
+        if length := lengths[row]:
+            at = row * stride
+            span = slice(at, at + length)
+            out[i] = Draft(tokens[span], parents[span], scores[span], matches[row])
+        else:
+            out[i] = Draft([], [], [], matches[row])
     return out
