@@ -67,6 +67,9 @@ def compile_for(variant: _triton.Variant, target: str) -> Usage:
 
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     function, config = variant.kernel, variant.config
+    if gpu.backend == "hip":  # kimi_kernels._triton.float32_products
+        swapped = {k: "ieee" if v == "tf32x3" else v for k, v in config.constants.items()}
+        config = config._replace(constants=swapped)
     names = function.arg_names
     types = {**variant.signature, **dict.fromkeys(config.constants, "constexpr")}
     missing = [name for name in names if name not in types]

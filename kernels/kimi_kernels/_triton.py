@@ -58,6 +58,11 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def float32_products() -> str:
+    """`input_precision` of `tl.dot` for float32 results: what AMD lacks, NVIDIA does on its matrix units."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` with its last dimension contiguous, as the kernels read it; others may have any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -46,6 +46,8 @@ def check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
         raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if torch.compiler.is_compiling():
         return  # values are not known while tracing
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # nor may they be read while a graph is captured
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}: pass offsets of the packed batch")
