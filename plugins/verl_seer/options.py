@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_seer.budget import BenefitRule
-from verl_seer.context import Order
+from verl_seer.context import Estimate, Order
 from verl_seer.drafting.engine import EngineOptions
 from verl_seer.kv_files import MAX_BYTES
 from verl_seer.scheduler import SchedulerConfig
@@ -22,7 +22,7 @@ KV_CONNECTOR = "SeerKVPool"  # a class of kv_pool
 
 @dataclass(frozen=True)
 class SeerOptions:
-    """What a user may set; see `SchedulerConfig` for the first four.
+    """What a user may set; see `SchedulerConfig` for the first five.
 
     Args:
         kv_tokens: KV tokens that each server holds; None asks the servers (vLLM only).
@@ -38,6 +38,7 @@ class SeerOptions:
     order: Order = SchedulerConfig.order
     fairness_period: int = SchedulerConfig.fairness_period
     affinity_spread: int = SchedulerConfig.affinity_spread
+    estimate: Estimate = SchedulerConfig.estimate
     kv_tokens: int | None = None
     max_running: int | None = None
     drafting: bool = True

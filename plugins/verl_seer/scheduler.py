@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from verl_seer.context import ORDERS, LengthContext, Order, TrueLength
+from verl_seer.context import ESTIMATES, ORDERS, Estimate, LengthContext, Order, TrueLength
 from verl_seer.state import Assignment, Instance, Request, Status
 
 
@@ -34,6 +34,8 @@ class SchedulerConfig:
             all its chunks; ``round-robin`` sends a request to the end after each chunk; ``oracle`` is longest
             remaining first by true lengths, which only a simulation has.
         fairness_period: every how many decisions the longest-waiting request is taken; 0 is never.
+        estimate: of a group's length for ``context``: ``longest`` is the paper's, ``exposure`` also counts what the
+            unfinished responses have generated (`context.LengthContext`).
         affinity_spread: a request returns to the instance that holds its KV while that one runs at most this many
             requests more than the least busy one (the paper's 32).
     """
@@ -42,12 +44,15 @@ class SchedulerConfig:
     order: Order = "context"
     fairness_period: int = 64
     affinity_spread: int = 32
+    estimate: Estimate = "longest"
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 token, got {self.chunk_size}")
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        if self.estimate not in ESTIMATES:
+            raise ValueError(f"estimate must be one of {', '.join(ESTIMATES)}, got {self.estimate!r}")
         for name in ("fairness_period", "affinity_spread"):
             value = getattr(self, name)
             if value < 0:
@@ -72,7 +77,7 @@ class Scheduler:
         if (config.order == "oracle") != (true_length is not None):
             raise ValueError("true_length must be given for order 'oracle' and for no other")
         self.config = config
-        self.context = LengthContext()
+        self.context = LengthContext(config.estimate)
         self._true_length = true_length
         self._requests: dict[str, Request] = {}
         self._instances: dict[str, Instance] = {}
@@ -197,11 +202,13 @@ class Scheduler:
         instance.kv_reserved -= request.reserved
         request.reserved = 0
         request.generated += new_tokens
-        if finished or request.generated == request.max_tokens:
+        ended = finished or request.generated == request.max_tokens
+        length = request.generated if ended else None
+        if self.context.chunk(request.group_id, new_tokens, length):
+            self._reorder(request.group_id)
+        if ended:
             request.status = Status.FINISHED
             self._unfinished -= 1
-            if self.context.finished(request.group_id, request.generated):
-                self._reorder(request.group_id)
         else:
             request.status = Status.WAITING
             self._enqueue(request)

@@ -53,7 +53,9 @@ def policies(
         "divided": Divided(SchedulerConfig(chunk_size, "arrival", fairness_period=0)),
         "divided+round-robin": Divided(SchedulerConfig(chunk_size, "round-robin", fairness_period=0)),
         "divided+context": Divided(SchedulerConfig(chunk_size, "context")),
+        "divided+exposure": Divided(SchedulerConfig(chunk_size, "context", estimate="exposure")),
         "seer": Divided(SchedulerConfig(chunk_size, "context"), grouped),
+        "seer+exposure": Divided(SchedulerConfig(chunk_size, "context", estimate="exposure"), grouped),
         "oracle": Divided(SchedulerConfig(chunk_size, "oracle")),
     }
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_seer import Instance, Request, Scheduler, SchedulerConfig, Status
+from verl_seer.context import LengthContext
 
 ORDERS = ("context", "arrival", "round-robin", "oracle")
 
@@ -149,6 +151,43 @@ def test_arrival_keeps_a_requests_place_and_round_robin_does_not():
     assert seen == {"arrival": ["0.0", "0.0", "0.1", "0.1"], "round-robin": ["0.0", "0.1", "0.0", "0.1"]}
 
 
+def test_the_estimate_by_exposure_counts_what_has_not_finished():
+    """A group of 5, 20 and 30 tokens in chunks of 10, all at once: 5 when the first ends by the paper's estimate, though
+    the others are at 10 already; the tokens of all over the finished ones otherwise; never above the limit of 40."""
+    seen = {}
+    for estimate in ("longest", "exposure"):
+        s = Scheduler(SchedulerConfig(10, estimate=estimate), [Instance("a", 1000, 8)])
+        for name in "xyz":
+            s.add(Request(name, "g", 1, 40))
+        seen[estimate] = []
+        for name, new, finished in [
+            ("y", 10, False), ("z", 10, False), ("x", 5, True), ("y", 10, True), ("z", 10, False), ("z", 10, True),
+        ]:  # fmt: skip
+            while s.next_assignment() is not None:
+                pass
+            s.completed(name, new, finished)
+            seen[estimate].append(s.context.estimate("g"))
+        assert s.unfinished == 0
+    assert seen == {"longest": [40, 40, 5, 20, 20, 30], "exposure": [40, 40, 25, 17, 22, 18]}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_estimate_by_exposure_is_not_biased_by_who_finishes_first(seed):
+    """Exponential lengths of mean 1000, 400 in a group, all run alike and watched until a quarter has finished: within
+    five standard errors (mean / sqrt(100 finished)) of the mean, where the longest finished is at most a third of it."""
+    rng = np.random.default_rng(seed)
+    lengths = np.ceil(rng.exponential(1000, 400)).astype(int)
+    now = int(np.sort(lengths)[99])
+    context = {e: LengthContext(e) for e in ("longest", "exposure")}
+    for c in context.values():
+        c.add_group("g", 100_000)
+        for n in lengths.tolist():
+            c.chunk("g", min(n, now), n if n <= now else None)
+    assert abs(context["exposure"].estimate("g") - 1000) < 500
+    assert context["longest"].estimate("g") == now < 450
+
+
 def test_a_chunk_returns_to_its_instance_unless_that_is_much_busier():
     config = SchedulerConfig(chunk_size=8, affinity_spread=1, order="arrival")
     s = Scheduler(config, [Instance("a", 1000, 8), Instance("b", 1000, 8)])
@@ -179,6 +218,7 @@ def test_nothing_is_assigned_where_nothing_fits_and_no_instance_can_ever_hold_it
     [
         (lambda: SchedulerConfig(chunk_size=0), "chunk_size must be at least 1 token, got 0"),
         (lambda: SchedulerConfig(order="shortest"), "order must be one of context, arrival"),
+        (lambda: SchedulerConfig(estimate="mean"), "estimate must be one of longest, exposure, got 'mean'"),
         (lambda: SchedulerConfig(fairness_period=-1), "fairness_period must not be negative"),
         (lambda: Scheduler(SchedulerConfig(order="oracle")), "true_length must be given"),
         (lambda: Scheduler(SchedulerConfig(), true_length=len), "true_length must be given"),
