@@ -37,6 +37,7 @@ class Sender {
   void push(Outgoing frame) { frames_.push_back(std::move(frame)); }
   Io flush(int fd, uint64_t& bytes);
   bool empty() const { return frames_.empty(); }
+  size_t waiting() const { return frames_.size(); }
 
   // Calls dropped(transfer, slice) for every frame of `transfer` (0: of any) that had not begun.
   template <typename Dropped>
@@ -118,6 +119,7 @@ struct Connection {
   pid_t process = -1;          // the other end's, where slices are by reference
   double since = 0;            // when it was opened
   bool watching_output = false;
+  bool paused = false;         // not read until the other side has taken some of our answers
   bool closed = false;
   std::string nonce;           // ours, in the handshake
   std::string transcript;      // hello and challenge as they were sent

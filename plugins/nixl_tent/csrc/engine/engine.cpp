@@ -53,7 +53,7 @@ double Engine::now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-Engine::Engine(Config config, std::string agent)
+Engine::Engine(Config config, std::string agent, Drive drive)
     : config_(std::move(config)),
       policy_{config_.mode == Mode::spray, static_cast<double>(config_.slice_min),
               static_cast<double>(config_.slice_max), config_.slice_ms * 1e-3, config_.queue_ms * 1e-3},
@@ -80,7 +80,7 @@ Engine::Engine(Config config, std::string agent)
   watch_fd(epoll_.get(), timer_.get(), TIMER);
   for (size_t i = 0; i < listeners_.size(); ++i)
     watch_fd(epoll_.get(), listeners_[i].listener.fd.get(), FIRST_LISTENER + i);
-  thread_ = std::thread([this] { run(); });
+  if (drive == Drive::threaded) thread_ = std::thread([this] { run(); });
   if (config_.metrics) metrics_ = std::make_unique<MetricsServer>(*this, config_.run_dir);
 }
 
@@ -91,7 +91,8 @@ Engine::~Engine() {
     stopping_ = true;
   }
   wake();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
+  else run();
 }
 
 void Engine::wake() {
@@ -115,54 +116,56 @@ bool Engine::idle() const {
   return true;
 }
 
+void Engine::ready(Connection& connection, uint32_t events) {
+  if (connection.link != nullptr && connection.link->state == LinkState::dialling)
+    return dial_finished(connection, now());
+  if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0 && !connection.closed) {
+    Dispatcher dispatcher(*this, connection);
+    std::string error;
+    uint64_t bytes = 0;
+    const Io state = connection.in.read(connection.fd.get(), dispatcher, READ_BUDGET, bytes, error);
+    if (connection.link != nullptr) connection.link->counters.bytes_in += bytes;
+    if (state == Io::closed) close(connection, error.empty() ? "the peer closed the connection" : error);
+  }
+  if (!connection.closed) flush(connection);
+  if (connection.peer != nullptr) pump(*connection.peer, now());
+}
+
+bool Engine::step(int timeout_ms) {
+  std::array<epoll_event, 64> events;
+  const int count = epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
+  const std::lock_guard lock(mutex_);
+  bool timer_fired = false;
+  for (int i = 0; i < count; ++i) {
+    const uint64_t name = events[static_cast<size_t>(i)].data.u64;
+    uint64_t ignored = 0;
+    if (name == WAKEUP) {
+      [[maybe_unused]] const ssize_t got = ::read(wakeup_.get(), &ignored, sizeof ignored);
+    } else if (name == TIMER) {
+      [[maybe_unused]] const ssize_t got = ::read(timer_.get(), &ignored, sizeof ignored);
+      timer_fired = true;
+    } else if (name < FIRST_CONNECTION) {
+      accept_all(name - FIRST_LISTENER);
+    } else if (const auto found = connections_.find(name); found != connections_.end()) {
+      ready(*found->second, events[static_cast<size_t>(i)].events);
+    }
+  }
+  drain_submissions();
+  if (timer_fired) {
+    armed_ = 0;
+    tick(now());
+  }
+  for (const uint64_t id : closed_) connections_.erase(id);
+  closed_.clear();
+  if (!stopping_) return true;
+  if (leave_at_ == 0) leave_at_ = now() + GOODBYE;
+  if (idle() || now() > leave_at_) return false;
+  arm(now() + TICK);
+  return true;
+}
+
 void Engine::run() {
-  std::array<epoll_event, 64> events{};
-  double leave_at = 0;
-  while (true) {
-    const int count = epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), -1);
-    const std::lock_guard lock(mutex_);
-    bool timer_fired = false;
-    for (int i = 0; i < count; ++i) {
-      const uint64_t name = events[static_cast<size_t>(i)].data.u64;
-      const uint32_t what = events[static_cast<size_t>(i)].events;
-      uint64_t ignored = 0;
-      if (name == WAKEUP) {
-        [[maybe_unused]] const ssize_t got = ::read(wakeup_.get(), &ignored, sizeof ignored);
-      } else if (name == TIMER) {
-        [[maybe_unused]] const ssize_t got = ::read(timer_.get(), &ignored, sizeof ignored);
-        timer_fired = true;
-      } else if (name < FIRST_CONNECTION) {
-        accept_all(name - FIRST_LISTENER);
-      } else if (const auto found = connections_.find(name); found != connections_.end()) {
-        Connection& connection = *found->second;
-        if (connection.link != nullptr && connection.link->state == LinkState::dialling) {
-          dial_finished(connection, now());
-          continue;
-        }
-        if ((what & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0 && !connection.closed) {
-          Dispatcher dispatcher(*this, connection);
-          std::string error;
-          uint64_t bytes = 0;
-          const Io state = connection.in.read(connection.fd.get(), dispatcher, READ_BUDGET, bytes, error);
-          if (connection.link != nullptr) connection.link->counters.bytes_in += bytes;
-          if (state == Io::closed) close(connection, error.empty() ? "the peer closed the connection" : error);
-        }
-        if (!connection.closed) flush(connection);
-        if (connection.peer != nullptr) pump(*connection.peer, now());
-      }
-    }
-    drain_submissions();
-    if (timer_fired) {
-      armed_ = 0;
-      tick(now());
-    }
-    for (const uint64_t id : closed_) connections_.erase(id);
-    closed_.clear();
-    if (stopping_) {
-      if (leave_at == 0) leave_at = now() + GOODBYE;
-      if (idle() || now() > leave_at) break;
-      arm(now() + TICK);
-    }
+  while (step(-1)) {
   }
   const std::lock_guard lock(mutex_);
   for (const auto& [name, peer] : peers_) fail_all(*peer, Status::canceled);

@@ -19,10 +19,13 @@ namespace tent {
 
 using Notifications = std::vector<std::pair<std::string, std::string>>;   // (agent, message)
 
+// Who moves the bytes: a thread of the engine, or whoever calls `step` (for tests that want one thread).
+enum class Drive { threaded, stepped };
+
 class Engine {
  public:
   // Opens listeners and starts the thread. Throws std::invalid_argument where the configuration cannot be met.
-  Engine(Config config, std::string agent);
+  Engine(Config config, std::string agent, Drive drive = Drive::threaded);
   // Waits a moment for notifications that are not acknowledged yet; running transfers are given up.
   ~Engine();
   Engine(const Engine&) = delete;
@@ -50,6 +53,10 @@ class Engine {
   bool notify(const std::string& agent, std::string message);
   Notifications take_notifications();
 
+  // Waits up to `timeout_ms` (-1: for ever) for something to do, and does it. False when a closing engine is through.
+  // Only the thread that drives the engine may call it.
+  bool step(int timeout_ms);
+
   std::string metrics_json();
   std::string metrics_text();   // Prometheus
 
@@ -59,6 +66,7 @@ class Engine {
 
   // engine.cpp: the thread and the clock
   void run();
+  void ready(Connection& connection, uint32_t events);
   void wake();
   void arm(double at);
   void want(Peer& peer);
@@ -147,6 +155,7 @@ class Engine {
   std::vector<uint32_t> free_slots_;
   uint64_t finished_ = 0, failed_ = 0, rejected_ = 0;
   bool stopping_ = false;
+  double leave_at_ = 0;     // a closing engine waits no longer
 
   std::mutex submit_mutex_;
   std::vector<Transfer*> submitted_;

@@ -24,6 +24,8 @@ constexpr double SHORT_HANDSHAKE = 1.0;     // where other links are up to work 
 constexpr double NOBODY_LISTENS = 2.0;      // all dials refused for so long: the peer's process is gone
 constexpr double DEFAULT_RATE = 1e9;        // bytes/s, a guess until the first sample
 constexpr uint32_t MOST_UNPROVEN = 256;
+constexpr size_t MOST_ANSWERS = 4096;       // waiting to go out; a peer that asks and does not read is not read either
+constexpr double ALL_SILENT = 0.5;          // seconds after which all links but one are dialled anew
 constexpr size_t NONCE = 32;
 
 bool in_progress(int fd, int& error) {
@@ -79,9 +81,8 @@ Connection& Engine::add_connection(Fd fd, const Transport* transport) {
 }
 
 void Engine::watch(Connection& connection) {
-  const bool output = connection.watching_output;
   epoll_event event{};
-  event.events = EPOLLIN | (output ? uint32_t{EPOLLOUT} : 0u);
+  event.events = (connection.paused ? 0u : uint32_t{EPOLLIN}) | (connection.watching_output ? uint32_t{EPOLLOUT} : 0u);
   event.data.u64 = connection.id;
   if (epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, connection.fd.get(), &event) != 0)
     epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, connection.fd.get(), &event);
@@ -207,8 +208,11 @@ void Engine::flush(Connection& connection) {
   const Io state = connection.out.flush(connection.fd.get(), bytes);
   if (connection.link != nullptr) connection.link->counters.bytes_out += bytes;
   if (state == Io::closed) return close(connection, std::string("cannot send: ") + std::strerror(errno));
-  if (connection.watching_output == (state == Io::blocked)) return;
-  connection.watching_output = state == Io::blocked;
+  const bool blocked = state == Io::blocked;
+  const bool paused = blocked && connection.session != nullptr && connection.out.waiting() > MOST_ANSWERS;
+  if (connection.watching_output == blocked && connection.paused == paused) return;
+  connection.watching_output = blocked;
+  connection.paused = paused;
   watch(connection);
 }
 
@@ -415,23 +419,27 @@ void Engine::check_links(Peer& peer, double at, double slept) {
   }
   for (const auto& [link, silence] : silent) {
     if (link->state != LinkState::up) continue;
-    // All silent at once: the peer or this machine pauses, and there is nowhere else to go either.
-    if (healthy == 0) break;
+    if (healthy == 0) {
+      // All silent at once: the peer or this machine pauses, or all links are gone. There is nowhere else to go, so
+      // one connection is kept whatever happens. The others are dialled anew after a while: that reaches the peer as
+      // soon as a link is well again, where an old connection waits for its next retransmission.
+      const double patience = std::max(ALL_SILENT, config_.dead_ms * 1e-3);
+      if (link != silent.back().first && silence > patience + slept) close(*link->connection, "all links are silent", true);
+      continue;
+    }
     if (!link->stalled) {
       link->stalled = true;
       link->stalled_since = at;
       ++link->counters.stalls;
-      link->counters.last_reroute_ms = link->stall.unheard(at) * 1e3;
-      link->counters.worst_reroute_ms = std::max(link->counters.worst_reroute_ms, link->counters.last_reroute_ms);
+      link->counters.rerouted(link->stall.unheard(at) * 1e3);
       reroute(peer, *link);
     } else if (at - link->stalled_since > config_.dead_ms * 1e-3 + slept) {
       close(*link->connection, "silent for " + std::to_string(static_cast<int>(silence * 1e3)) + " ms", true);
     }
   }
 
-  const bool up = std::any_of(peer.links.begin(), peer.links.end(),
-                              [](const auto& link) { return link->state == LinkState::up; });
-  if (up || !peer.wanted || !peer.busy()) {
+  // A link that is silent while all others are down is no link: its peer may have died behind it.
+  if (healthy > 0 || !peer.wanted || !peer.busy()) {
     peer.gone_since = 0;
     return;
   }

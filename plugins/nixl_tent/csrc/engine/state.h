@@ -1,6 +1,7 @@
 // What the engine remembers of its peers (it dials them) and of its sessions (they dialled it).
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <list>
@@ -33,10 +34,22 @@ struct InFlight {
   double sent;
 };
 
+constexpr std::array<double, 6> REROUTE_BUCKETS_MS = {5, 10, 20, 30, 50, 100};
+
 struct LinkCounters {
   uint64_t bytes_out = 0, bytes_in = 0, slices = 0, repeated = 0;
   uint64_t stalls = 0, false_alarms = 0, deaths = 0, dials = 0;
   double last_reroute_ms = 0, worst_reroute_ms = 0;   // silence until the slices went elsewhere
+  std::array<uint64_t, REROUTE_BUCKETS_MS.size() + 1> reroutes{};   // how many took no longer; the last: longer
+  double reroute_ms_sum = 0;
+
+  void rerouted(double ms) {
+    last_reroute_ms = ms;
+    worst_reroute_ms = std::max(worst_reroute_ms, ms);
+    reroute_ms_sum += ms;
+    ++reroutes[static_cast<size_t>(std::lower_bound(REROUTE_BUCKETS_MS.begin(), REROUTE_BUCKETS_MS.end(), ms) -
+                                   REROUTE_BUCKETS_MS.begin())];
+  }
 };
 
 enum class LinkState { down, dialling, proving, up };
@@ -92,7 +105,7 @@ struct Peer {
   Scheduler scheduler;
   bool wanted = false;              // dial it
   bool removed = false;             // its metadata is gone: transfers that still name it fail
-  double gone_since = 0;            // no link is up since then; 0: one is
+  double gone_since = 0;            // no link is up and heard since then; 0: one is
   uint64_t next_write = 1;
   uint64_t next_read = 1;
   uint64_t next_order = 1;          // of plain notifications

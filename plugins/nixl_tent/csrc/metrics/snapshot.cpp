@@ -61,6 +61,19 @@ constexpr Column COLUMNS[] = {
     {"worst_reroute_ms", "gauge", "the same, longest", counter<&LinkCounters::worst_reroute_ms>},
 };
 
+// One link's lines of the histogram of how long it was silent until its slices went elsewhere.
+std::string reroute_lines(const std::string& labels, const LinkCounters& counters) {
+  std::string out;
+  uint64_t count = 0;
+  for (size_t i = 0; i < counters.reroutes.size(); ++i) {
+    count += counters.reroutes[i];
+    const std::string bound = i < REROUTE_BUCKETS_MS.size() ? number(REROUTE_BUCKETS_MS[i] * 1e-3) : "+Inf";
+    out += "tent_link_reroute_seconds_bucket{" + labels + ",le=\"" + bound + "\"} " + std::to_string(count) + "\n";
+  }
+  out += "tent_link_reroute_seconds_sum{" + labels + "} " + number(counters.reroute_ms_sum * 1e-3) + "\n";
+  return out + "tent_link_reroute_seconds_count{" + labels + "} " + std::to_string(count) + "\n";
+}
+
 }  // namespace
 
 std::string Engine::metrics_json() {
@@ -97,14 +110,20 @@ std::string Engine::metrics_text() {
   scalar("transfers_done_total", finished_);
   scalar("transfers_failed_total", failed_);
   scalar("refused_total", rejected_);
+  const auto labels = [&](const std::string& agent, const Link& link) {
+    return "agent=" + quoted(agent_) + ",peer=" + quoted(agent) + ",link=" + quoted(link.path.label());
+  };
   for (const Column& column : COLUMNS) {
     const std::string name = "tent_link_" + std::string(column.name);
     out += "# HELP " + name + " " + column.help + "\n# TYPE " + name + " " + column.type + "\n";
     for (const auto& [agent, peer] : peers_)
       for (const auto& link : peer->links)
-        out += name + "{agent=" + quoted(agent_) + ",peer=" + quoted(agent) + ",link=" + quoted(link->path.label()) +
-               "} " + number(column.value(*link)) + "\n";
+        out += name + "{" + labels(agent, *link) + "} " + number(column.value(*link)) + "\n";
   }
+  out += "# HELP tent_link_reroute_seconds silence of a link until its slices went elsewhere\n"
+         "# TYPE tent_link_reroute_seconds histogram\n";
+  for (const auto& [agent, peer] : peers_)
+    for (const auto& link : peer->links) out += reroute_lines(labels(agent, *link), link->counters);
   return out;
 }
 

@@ -18,6 +18,9 @@ namespace {
 constexpr int BACKLOG = 256;
 // A side that only answers learns of a dead path by this: it has no transfers of its own to judge by.
 constexpr unsigned PASSIVE_TIMEOUT_MS = 30'000;
+// And of a peer that vanished without a word, while nothing is under way.
+constexpr int KEEPALIVE_IDLE_S = 20;
+constexpr int KEEPALIVE_INTERVAL_S = 5;
 // This few segments may be waiting for the peer's delayed acknowledgement.
 constexpr uint32_t FEW_SEGMENTS = 2;
 
@@ -94,6 +97,9 @@ class Tcp final : public Transport {
   void tune(int fd) const override {
     constexpr int on = 1;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &KEEPALIVE_IDLE_S, sizeof KEEPALIVE_IDLE_S);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &KEEPALIVE_INTERVAL_S, sizeof KEEPALIVE_INTERVAL_S);
     setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &PASSIVE_TIMEOUT_MS, sizeof PASSIVE_TIMEOUT_MS);
   }
 
