@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,15 +53,37 @@ class BlockFiles:
         if self._unswept * 16 >= self.max_bytes:
             self.sweep()
 
-    def read(self, key: str, rank: int) -> bytearray | None:
-        """The data; None if it is gone."""
-        path = self.path(key, rank)
+    def pin(self, key: str, ranks: int, tag: str) -> bool:
+        """Keeps a block for a reader, whatever happens to it in the pool; False if it is not there."""
+        try:
+            for rank in range(ranks):
+                path = self.path(key, rank)
+                with suppress(FileExistsError):
+                    os.link(path, self._pinned(key, rank, tag))
+                os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def take(self, key: str, rank: int, tag: str) -> bytearray:
+        """The data of a pinned block; its pin is gone then.
+
+        Raises:
+            RuntimeError: there is no such pin: somebody removed files from the folder.
+        """
+        path = self._pinned(key, rank, tag)
         try:
             data = bytearray(path.read_bytes())
-            os.utime(path)
+            path.unlink()
         except FileNotFoundError:
-            return None
+            raise RuntimeError(f"{path} is gone: leave the folder of a KV pool to its engines") from None
         return data
+
+    def unpin(self, keys: Iterable[str], ranks: int, tag: str) -> None:
+        """Gives up what `pin` kept and nobody took."""
+        for key in keys:
+            for rank in range(ranks):
+                self._pinned(key, rank, tag).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Removes what is beyond the limit, the files used longest ago first."""
@@ -75,9 +97,12 @@ class BlockFiles:
             excess -= stat.st_size
 
     def clear(self) -> None:
-        """Removes all blocks."""
+        """Removes all blocks; pins stay."""
         for path, _ in self._files():
             path.unlink(missing_ok=True)
+
+    def _pinned(self, key: str, rank: int, tag: str) -> Path:
+        return self.folder / f"{tag}-{key}-{rank}.pin"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.folder.glob(f"*{_SUFFIX}"):

@@ -1,8 +1,7 @@
 """A pool of KV blocks in host memory that several vLLM engines share, so that a chunk that moves brings its KV along:
 
     vllm serve ... --kv-transfer-config '{"kv_connector": "SeerKVPool", "kv_role": "kv_both",
-        "kv_connector_module_path": "verl_seer.kv_pool", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"folder": "/dev/shm/kv"}}'
+        "kv_connector_module_path": "verl_seer.kv_pool", "kv_connector_extra_config": {"folder": "/dev/shm/kv"}}'
 
 A request that comes to the end of its budget leaves its full blocks behind as files, named by the tokens up to the end
 of the block; a request that begins with those tokens takes them. Copies are made within the engine's step.
@@ -12,6 +11,8 @@ This module imports vLLM: only vLLM loads it.
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +31,19 @@ from verl_seer.kv_files import MAX_BYTES, BlockFiles, block_keys
 
 @dataclass
 class PoolMetadata(KVConnectorMetadata):
-    """What the workers do in a step: (key, block) to load before it, and to save after it."""
+    """What the workers do in a step: (key, pin, block) to load before it, and (key, block) to save after it."""
 
-    load: list[tuple[str, int]] = field(default_factory=list)
+    load: list[tuple[str, str, int]] = field(default_factory=list)
     save: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class _Found:
+    """A request's blocks by name; those that the pool has from `first` on are pinned under `tag`."""
+
+    tag: str
+    keys: list[str]
+    first: int = 0
 
 
 class SeerKVPool(KVConnectorBase_V1, SupportsHMA):
@@ -74,11 +84,11 @@ class SeerKVPool(KVConnectorBase_V1, SupportsHMA):
         # Scheduler: what runs, what `get_num_new_matched_tokens` found, and what the next step loads.
         self._requests: dict[str, Any] = {}
         self._manager: Any = None
-        self._found: dict[str, tuple[int, list[str]]] = {}
+        self._found: dict[str, _Found] = {}
+        self._tags = itertools.count()
         self._next = PoolMetadata()
         # Worker
         self._caches: list[torch.Tensor] = []
-        self._failed: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
             self._files.clear()  # of other weights: of an earlier run
 
@@ -87,23 +97,26 @@ class SeerKVPool(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens behind the computed ones that the pool has; the last token is always computed."""
         tokens = request.all_token_ids[: request.num_tokens - 1]
-        known = self._found.get(request.request_id)
-        if known is None or len(known[1]) != len(tokens) // self._block_size:
-            known = (0, block_keys(tokens, self._block_size, self._start))
-        first = num_computed_tokens // self._block_size
-        keys = known[1]
-        last = first
-        while last < len(keys) and self._files.has(keys[last], self._ranks):
+        found = self._found.get(request.request_id)
+        if found is None or len(found.keys) != len(tokens) // self._block_size:
+            self._release(request.request_id)
+            found = _Found(
+                f"{os.getpid()}.{next(self._tags)}", block_keys(tokens, self._block_size, self._start)
+            )
+            self._found[request.request_id] = found
+        found.first = last = num_computed_tokens // self._block_size
+        while last < len(found.keys) and self._files.pin(found.keys[last], self._ranks, found.tag):
             last += 1
-        self._found[request.request_id] = (first, keys)
-        return (last - first) * self._block_size, False
+        return (last - found.first) * self._block_size, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The request will run: its blocks of the pool are loaded before the step."""
-        first, keys = self._found.pop(request.request_id, (0, []))
-        last = first + num_external_tokens // self._block_size
-        if last > first:
-            self._next.load += zip(keys[first:last], blocks.get_block_ids()[0][first:last])
+        found = self._found.get(request.request_id)
+        if found is None or not num_external_tokens:
+            return
+        loaded = slice(found.first, found.first + num_external_tokens // self._block_size)
+        for key, block in zip(found.keys[loaded], blocks.get_block_ids()[0][loaded]):
+            self._next.load.append((key, found.tag, block))
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """What the workers do in this step.
@@ -138,14 +151,20 @@ class SeerKVPool(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forgets the request; its blocks may be given away at once."""
         self._requests.pop(request.request_id, None)
-        self._found.pop(request.request_id, None)
+        self._release(request.request_id)
         return False, None
 
     def reset_cache(self) -> bool:
         """The weights have changed: the pool is emptied."""
         self._files.clear()
-        self._found.clear()
+        for request_id in list(self._found):
+            self._release(request_id)
         return True
+
+    def _release(self, request_id: str) -> None:
+        found = self._found.pop(request_id, None)
+        if found is not None:
+            self._files.unpin(found.keys, self._ranks, found.tag)
 
     # -- worker --------------------------------------------------------------------------------------------
 
@@ -161,15 +180,18 @@ class SeerKVPool(KVConnectorBase_V1, SupportsHMA):
         self._caches = caches
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Copies the step's blocks out of the pool. What is gone by now is reported, and computed again."""
+        """Copies the step's blocks out of the pool.
+
+        A block that is not there as it was written is an error: to report it to vLLM 0.32 (`kv_load_failure_policy`)
+        would sample wrong tokens in an engine that drafts.
+        """
         rank = get_tp_group().rank_in_group
-        for key, block in self._meta().load:
-            data = self._files.read(key, rank)
-            parts = self._parts(block)
-            if data is None or len(data) != sum(part.nbytes for part in parts):
-                self._failed.add(block)
-                continue
-            at = 0
+        for key, tag, block in self._meta().load:
+            data, parts, at = self._files.take(key, rank, tag), self._parts(block), 0
+            if len(data) != sum(part.nbytes for part in parts):
+                raise RuntimeError(
+                    f"block {key} has {len(data)} bytes: leave the folder of a KV pool to its engines"
+                )
             for part in parts:
                 raw = torch.frombuffer(data, dtype=torch.uint8, count=part.nbytes, offset=at)
                 part.copy_(raw.view(part.dtype).view(part.shape))
@@ -187,11 +209,6 @@ class SeerKVPool(KVConnectorBase_V1, SupportsHMA):
         for key, block in self._meta().save:
             raw = [part.contiguous().cpu().view(torch.uint8).numpy().tobytes() for part in self._parts(block)]
             self._files.write(key, rank, b"".join(raw))
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that could not be loaded."""
-        failed, self._failed = self._failed, set()
-        return failed
 
     def _meta(self) -> PoolMetadata:
         meta = self._get_connector_metadata()

@@ -116,7 +116,6 @@ class SeerOptions:
             "kv_connector": KV_CONNECTOR,
             "kv_connector_module_path": "verl_seer.kv_pool",
             "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"folder": self.kv_pool, "max_bytes": self.kv_pool_bytes},
         }
 

@@ -1,14 +1,19 @@
 """Between engines and the draft server: one message each way, over ZeroMQ, on a thread of its own.
 
+In verl Seer's manager runs the server. For engines without verl: ``python -m verl_seer.drafting.link tcp://HOST:PORT``.
+There is no authentication: bind it where only the engines reach it.
+
 pyzmq and msgspec, which vLLM brings along, are imported when a link or a service is made.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import threading
 import time
 from array import array
+from contextlib import suppress
 from typing import Any
 
 from verl_seer.drafting.engine import Update
@@ -242,3 +247,20 @@ class DraftService:
                 if room <= 0:
                     break
         return {"epoch": self._server.epoch, "rows": _pack(rows)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A draft server for vLLM engines with Seer's drafter.")
+    parser.add_argument("bind", help="address to listen at, tcp://host:port; port 0 takes any")
+    try:
+        service = DraftService(DraftServer(), parser.parse_args().bind)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"draft server at {service.address}", flush=True)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    service.close()
+
+
+if __name__ == "__main__":
+    main()

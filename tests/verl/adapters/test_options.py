@@ -31,7 +31,7 @@ def test_options_reach_the_engine():
     engine = EngineOptions.of(options.additional_config()["seer_drafting"])
     assert (engine.max_draft, engine.adaptive, engine.rule, engine.update_seconds) == (3, False, "printed", 2)
     pool = options.kv_transfer_config()
-    assert pool["kv_connector"] == "SeerKVPool" and pool["kv_load_failure_policy"] == "recompute"
+    assert pool["kv_connector"] == "SeerKVPool" and pool["kv_role"] == "kv_both"
     assert pool["kv_connector_extra_config"] == {"folder": "/dev/shm/x", "max_bytes": 5}
 
 

@@ -23,10 +23,13 @@ def test_a_key_names_everything_up_to_the_blocks_end():
 
 def test_blocks_are_whole_or_absent(tmp_path):
     a, b = BlockFiles(tmp_path / "x", 1 << 20), BlockFiles(tmp_path / "x", 1 << 20)
-    assert a.read("k", 0) is None and not a.has("k", 1)
+    assert not a.has("k", 1) and not a.pin("k", 1, "t")
     a.write("k", 0, b"one")
     b.write("k", 0, b"two")
-    assert bytes(b.read("k", 0)) == b"one"
+    assert b.pin("k", 1, "t") and b.pin("k", 1, "t") and not b.pin("k", 2, "u")
+    assert bytes(b.take("k", 0, "t")) == b"one"
+    with pytest.raises(RuntimeError, match="is gone: leave the folder of a KV pool to its engines"):
+        b.take("k", 0, "t")
     assert b.has("k", 1) and not b.has("k", 2)
     (tmp_path / "x" / "tmp123").write_bytes(b"half")  # of a process that was killed
     assert not a.has("tmp123", 1)
@@ -40,10 +43,14 @@ def test_the_blocks_used_longest_ago_go(tmp_path):
     for i in range(10):
         files.write(f"k{i}", 0, bytes(90))
         os.utime(files.path(f"k{i}", 0), (i, i))
-    assert files.read("k0", 0) is not None
+    assert files.pin("k0", 1, "t") and files.pin("k1", 1, "t")
+    os.utime(files.path("k1", 0), (1, 1))
     files.write("new", 0, bytes(280))
     files.sweep()
-    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 1000
+    assert sum(f.stat().st_size for f in tmp_path.glob("*.kv")) <= 1000
+    assert len(files.take("k1", 0, "t")) == 90, "what is pinned stays"
+    files.unpin(["k0", "k1"], 1, "t")
+    assert not list(tmp_path.glob("*.pin"))
     assert files.has("k0", 1) and files.has("new", 1) and not files.has("k1", 1)
 
 
