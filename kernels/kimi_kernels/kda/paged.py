@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._library import custom_op
-from . import paged_cpu, paged_reference  # noqa: F401  (register the backends)
+from . import paged_cpu, paged_reference, paged_triton  # noqa: F401  (register the backends)
 from .paged_reference import LayerOptions
 from .validation import check_layer
 

@@ -11,6 +11,8 @@ from a // BT + n on, which are as many as it can need. No table of chunks has to
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -334,11 +336,152 @@ def recurrent_kernel(
     tl.store(at, state, mask=in_state)
 
 
+@triton.jit
+def _convolved(
+    qkv, conv_weight, history, channel, inside, first, i,
+    qkv_stride_t, weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the short convolution at token i of a sequence, for some channels; `history`: its W-1 inputs before."""
+    total = tl.zeros(channel.shape, tl.float32)
+    for tap in tl.static_range(0, W):
+        at = i + tap - (W - 1)
+        new = tl.load(qkv + (first + at) * qkv_stride_t + channel, mask=inside & (at >= 0), other=0.0)
+        if tap < W - 1:  # as the pool will hold it in the next step
+            new = new.to(history.dtype.element_ty)
+        old = tl.load(
+            history + (i + tap) * conv_stride_e + channel * conv_stride_c, mask=inside & (at < 0), other=0.0
+        )
+        weight = tl.load(
+            conv_weight + channel * weight_stride_c + tap * weight_stride_w, mask=inside, other=0.0
+        )
+        total += weight.to(tl.float32) * (new.to(tl.float32) + old.to(tl.float32))
+    return total * tl.sigmoid(total)
+
+
+@triton.jit
+def _shift_history(
+    qkv, pool, channel, inside, first, count, accepted, qkv_stride_t, conv_stride_e, conv_stride_c, W: tl.constexpr
+):  # fmt: skip
+    """Entries of a slot become the history without its oldest input, then this step's inputs."""
+    for entry in tl.range(0, W - 2 + count):
+        at = entry + 1 - (W - 1)
+        new = tl.load(qkv + (first + at) * qkv_stride_t + channel, mask=inside & (at >= 0), other=0.0)
+        # Entries are read above those that are written, so that the order of the loop suffices.
+        kept = pool + (accepted + entry) * conv_stride_e + channel * conv_stride_c
+        old = tl.load(kept, mask=inside & (at < 0), other=0.0)
+        value = tl.where(at >= 0, new.to(old.dtype), old)
+        tl.store(pool + entry * conv_stride_e + channel * conv_stride_c, value, mask=inside)
+
+
+@triton.jit
+def decode_kernel(
+    qkv, g, beta, gate, conv_weight, conv_state, state, state_indices, A_log, dt_bias, norm_weight,
+    cu_seqlens, num_accepted, out, raw_out,
+    qkv_stride_t, g_stride_t, g_stride_h, beta_stride_t, beta_stride_h, gate_stride_t, gate_stride_h,
+    weight_stride_c, weight_stride_w, conv_stride_n, conv_stride_e, conv_stride_c,
+    state_stride_n, state_stride_h, state_stride_v, out_stride_t,
+    tokens, slots, value_width, scale, lower_bound, norm_eps,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    BV: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PACKED: tl.constexpr, SPECULATIVE: tl.constexpr,
+):  # fmt: skip
+    """A layer's step for one sequence and one head of q and k, with all of its value heads; grid (N, H).
+
+    One program owns the pool entries of its channels, so that they can be shifted in place. BV rows of the state are
+    in registers at a time; raw_out [tokens, HV, V] float32 keeps the outputs until their norm is known.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    c, r = tl.arange(0, KP), tl.arange(0, VP)
+    in_key, in_value = c < K, r < V
+    if PACKED:
+        first = tl.load(cu_seqlens + n).to(tl.int64)
+        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
+    else:
+        first = n
+        end = n + 1
+    if n == tl.num_programs(0) - 1:  # tokens behind the last sequence are padding
+        for token in tl.range(end, tokens):
+            for group in tl.static_range(0, GROUPS):
+                at = out + token * out_stride_t + (head * GROUPS + group) * V + r
+                tl.store(at, tl.zeros([VP], out.dtype.element_ty), mask=in_value)
+    own_slot = tl.load(state_indices + n * COLUMNS).to(tl.int64)
+    accepted = first * 0 + 1
+    if SPECULATIVE:
+        accepted = tl.load(num_accepted + n).to(tl.int64)
+    named = (accepted >= 1) & (accepted <= COLUMNS)
+    start_slot = tl.load(state_indices + n * COLUMNS + accepted - 1, mask=named, other=-1).to(tl.int64)
+    if (own_slot < 0) | (own_slot >= slots) | (start_slot < 0) | (start_slot >= slots):
+        for token in tl.range(first, end):
+            for group in tl.static_range(0, GROUPS):
+                at = out + token * out_stride_t + (head * GROUPS + group) * V + r
+                tl.store(at, tl.zeros([VP], out.dtype.element_ty), mask=in_value)
+        return
+    if end <= first:
+        return
+    pool = conv_state + own_slot * conv_stride_n
+    history = pool + (accepted - 1) * conv_stride_e
+    q_channel, k_channel = head * K + c, (H + head) * K + c
+    for group in tl.static_range(0, GROUPS):
+        value_head = head * GROUPS + group
+        rate = tl.exp(tl.load(A_log + value_head).to(tl.float32))
+        bias = tl.zeros([KP], tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(dt_bias + value_head * K + c, mask=in_key, other=0.0).to(tl.float32)
+        for block in tl.range(0, value_width, BV):
+            b = block + tl.arange(0, BV)
+            in_block = b < V
+            v_channel = 2 * H * K + value_head * V + b
+            inside = in_block[:, None] & in_key[None, :]
+            at_head = state + value_head * state_stride_h + b[:, None] * state_stride_v + c[None, :]
+            S = tl.load(at_head + start_slot * state_stride_n, mask=inside, other=0.0)
+            for token in tl.range(first, end):
+                i = token - first
+                x = _convolved(qkv, conv_weight, history, q_channel, in_key, first, i, qkv_stride_t,
+                               weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
+                y = _convolved(qkv, conv_weight, history, k_channel, in_key, first, i, qkv_stride_t,
+                               weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
+                value = _convolved(qkv, conv_weight, history, v_channel, in_block, first, i, qkv_stride_t,
+                                   weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
+                x *= tl.rsqrt(tl.sum(x * x, axis=0) + NORM_EPS) * scale
+                y *= tl.rsqrt(tl.sum(y * y, axis=0) + NORM_EPS)
+                raw = tl.load(g + token * g_stride_t + value_head * g_stride_h + c, mask=in_key, other=0.0)
+                S *= tl.exp2(_log2_decay(raw.to(tl.float32), bias, rate, lower_bound, GATE))[None, :]
+                strength = tl.load(beta + token * beta_stride_t + value_head * beta_stride_h).to(tl.float32)
+                u = tl.sigmoid(strength) * (value - tl.sum(S * y[None, :], axis=1))
+                S += u[:, None] * y[None, :]
+                o = tl.sum(S * x[None, :], axis=1)
+                tl.store(raw_out + (token * H * GROUPS + value_head) * V + b, o, mask=in_block)
+                slot = tl.load(state_indices + n * COLUMNS + i, mask=i < COLUMNS, other=-1).to(tl.int64)
+                kept = (slot >= 0) & (slot < slots)
+                tl.store(at_head + tl.where(kept, slot, 0) * state_stride_n, S, mask=inside & kept)
+    tl.debug_barrier()  # all outputs are there, and every thread has read the history
+    gain = tl.load(norm_weight + r, mask=in_value, other=0.0).to(tl.float32)
+    for token in tl.range(first, end):
+        for group in tl.static_range(0, GROUPS):
+            value_head = head * GROUPS + group
+            o = tl.load(raw_out + (token * H * GROUPS + value_head) * V + r, mask=in_value, other=0.0)
+            o *= tl.rsqrt(tl.sum(o * o, axis=0) / V + norm_eps) * gain
+            at = gate + token * gate_stride_t + value_head * gate_stride_h + r
+            o *= tl.sigmoid(tl.load(at, mask=in_value, other=0.0).to(tl.float32))
+            at = out + token * out_stride_t + value_head * V + r
+            tl.store(at, o.to(out.dtype.element_ty), mask=in_value)
+    count = end - first
+    _shift_history(qkv, pool, q_channel, in_key, first, count, accepted,
+                   qkv_stride_t, conv_stride_e, conv_stride_c, W)  # fmt: skip
+    _shift_history(qkv, pool, k_channel, in_key, first, count, accepted,
+                   qkv_stride_t, conv_stride_e, conv_stride_c, W)  # fmt: skip
+    for group in tl.static_range(0, GROUPS):
+        v_channel = 2 * H * K + (head * GROUPS + group) * V + r
+        _shift_history(qkv, pool, v_channel, in_value, first, count, accepted,
+                       qkv_stride_t, conv_stride_e, conv_stride_c, W)  # fmt: skip
+
+
 def prepare_config(K: int, wide: bool) -> Config:
     """`wide`: float32 operands. It depends on the shape of a head only, so that a sequence gives the same bits alone
     and packed."""
     KP, BT = power_of_two(K), chunk_size(wide)
-    constants = {"K": K, "KP": KP, "BK": 16 if wide or K > 128 else min(32, KP), "BT": BT}
+    constants: dict[str, Any] = {"K": K, "KP": KP, "BK": 16 if wide or K > 128 else min(32, KP), "BT": BT}
     constants |= {"LEVELS": BT.bit_length() - 1, "PER": 2, "PRECISION": precision(wide)}
     return Config(constants, 8, 1)
 
@@ -353,6 +496,12 @@ def recurrent_config(K: int, V: int) -> Config:
     return Config(
         {"K": K, "KP": power_of_two(K), "V": V, "BV": min(16, power_of_two(V))}, 4 if K > 64 else 1, 1
     )
+
+
+def decode_config(K: int, V: int) -> Config:
+    KP, VP = power_of_two(K), power_of_two(V)
+    # A warp for 32 channels of the key: fewer threads would idle, more would hold the same values twice.
+    return Config({"K": K, "KP": KP, "V": V, "VP": VP, "BV": min(VP, 32)}, max(1, KP // 32), 1)
 
 
 def chunk_size(wide: bool) -> int:
@@ -409,4 +558,22 @@ def aot_variants() -> list[Variant]:
         signature = {**inputs, **parameters, **tokens, **ends, **floats, **_integers("T", "groups")}
         config = config._replace(constants={**config.constants, **common, **gate, "HAS_INITIAL": True})
         variants.append(Variant("kda_recurrent", recurrent_kernel, signature, config))
+    for K, V in ((64, 64), (128, 128), (256, 256)):
+        config = decode_config(K, V)
+        inputs = dict.fromkeys(("qkv", "g", "beta", "gate", "conv_weight", "conv_state", "out"), "*bf16")
+        fixed = dict.fromkeys(("state", "A_log", "dt_bias", "norm_weight", "raw_out"), "*fp32")
+        offsets = dict.fromkeys(("state_indices", "cu_seqlens", "num_accepted"), "*i32")
+        strides = _strides(
+            qkv="t", g="th", beta="th", gate="th", weight="cw", conv="nec", state="nhvk", out="t"
+        )
+        numbers = {
+            **_integers("tokens", "slots", "value_width"),
+            **dict.fromkeys(("scale", "lower_bound", "norm_eps"), "fp32"),
+        }
+        signature = {**inputs, **fixed, **offsets, **strides, **numbers}
+        layer = {"H": 32, "GROUPS": 1, "W": 4, "GATE": GATE_LOWER_BOUND, "HAS_BIAS": True}
+        for name, many in (("kda_decode", False), ("kda_decode_speculative", True)):
+            layer |= {"COLUMNS": 4 if many else 1, "PACKED": many, "SPECULATIVE": many}
+            constants = {**config.constants, **layer}
+            variants.append(Variant(name, decode_kernel, signature, config._replace(constants=constants)))
     return variants

@@ -64,12 +64,10 @@ def install() -> None:
 
     def rounded(method: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Any, *args: Any) -> Any:
-            if not any(map(is_bf16, args)):
-                return method(self, *args)
             result = method(self, *map(wide, args))
-            if result.data.dtype == np.bool_:  # a comparison
-                return result
-            return handle(narrow(result.data), bf16)
+            if result.data.dtype == np.bool_:  # a comparison; upstream calls its type that of the operands
+                return handle(result.data, tl.int1)
+            return handle(narrow(result.data), bf16) if any(map(is_bf16, args)) else result
 
         return run
 

@@ -114,6 +114,19 @@ def test_dot(precision, dtype):
     torch.testing.assert_close(c, a.float() @ b.float().T)
 
 
+@triton.jit
+def scalar_mask_kernel(out, n, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, 1.0, mask=(at < N // 2) & (n + tl.program_id(0) > 2))
+
+
+def test_comparison_of_scalars_in_a_mask():
+    for n, written in ((2, 0), (3, N // 2)):
+        out = torch.zeros(N)
+        scalar_mask_kernel[(1,)](out, n, N)
+        assert out.sum() == written
+
+
 @triton.autotune(configs=[triton.Config({"BLOCK": 16}), triton.Config({"BLOCK": 32})], key=["N"])
 @triton.jit
 def tuned_kernel(out, N, BLOCK: tl.constexpr):

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kimi_kernels import kda_decode, kda_prefill
+
+SLOTS, SPECULATED = 8, 3
+
 
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
@@ -119,3 +123,61 @@ def make() -> Callable[..., list[Tensor]]:
 def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """backend(name): all following calls use this backend."""
     return lambda name: monkeypatch.setenv("KIMI_KERNELS_BACKEND", name)
+
+
+class Layer:
+    """A random layer, its pools, and what its ops should do, in float64."""
+
+    def __init__(self, H=2, HV=2, K=32, V=32, W=4, lower_bound=None, dtype=torch.float32, v_last=False):
+        self.H, self.HV, self.K, self.V, self.W = H, HV, K, V, W
+        self.channels = 2 * H * K + HV * V
+        self.dtype = dtype
+        self.conv_weight = torch.randn(self.channels, W).to(dtype)
+        self.A_log, self.dt_bias = torch.randn(HV), torch.randn(HV * K)
+        self.norm_weight = torch.rand(V)
+        self.constants = {"num_heads": H, "head_dim": K, "lower_bound": lower_bound}
+        entries = W - 1 + SPECULATED
+        conv = torch.randn(SLOTS, self.channels, entries).transpose(1, 2) if v_last else None
+        self.conv_state = (torch.randn(SLOTS, entries, self.channels) if conv is None else conv).to(dtype)
+        room = torch.randn(SLOTS, 2, HV, V, K)  # slots of a pool shared with other layers: strided
+        self.state = room[:, 1]
+
+    def tokens(self, T):
+        shapes = ([self.channels], [self.HV, self.K], [self.HV], [self.HV, self.V])
+        return [torch.randn(T, *shape).to(self.dtype) for shape in shapes]
+
+    def pools(self):
+        return self.conv_state.clone(memory_format=torch.preserve_format), self.state.clone()
+
+    def prefill(self, tokens, pools, slots, offsets, resumed, **more):
+        return kda_prefill(
+            *tokens, self.conv_weight, *pools, torch.tensor(slots, dtype=torch.int32),
+            torch.tensor(offsets, dtype=torch.int32), torch.tensor(resumed), self.A_log, self.dt_bias,
+            self.norm_weight, **self.constants, **more,
+        )  # fmt: skip
+
+    def decode(self, tokens, pools, slots, **more):
+        return kda_decode(
+            *tokens, self.conv_weight, *pools, torch.tensor(slots, dtype=torch.int32), self.A_log, self.dt_bias,
+            self.norm_weight, **self.constants, **more,
+        )  # fmt: skip
+
+    def exact(self, oracle, tokens, history, state):
+        """Output, last inputs and state after these tokens of one sequence."""
+        x, g, beta, gate = (t.double() for t in tokens)
+        inputs = torch.cat([history.double(), x])
+        y = F.silu(F.conv1d(inputs.T[None], self.conv_weight.double()[:, None], groups=self.channels))[0].T
+        q, k, v = y.split([self.H * self.K] * 2 + [self.HV * self.V], -1)
+        out, final = oracle(
+            q.view(1, -1, self.H, self.K), k.view(1, -1, self.H, self.K), v.view(1, -1, self.HV, self.V),
+            g[None], beta[None], initial_state=state.double()[None], output_final_state=True, state_v_first=True,
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+            lower_bound=self.constants["lower_bound"], A_log=self.A_log.double(), dt_bias=self.dt_bias.double(),
+        )  # fmt: skip
+        out = F.rms_norm(out[0], (self.V,), self.norm_weight.double(), 1e-5) * gate.sigmoid()
+        return out.flatten(1), inputs[len(x) :], final[0]
+
+
+@pytest.fixture(name="Layer")
+def _layer() -> type[Layer]:
+    return Layer
