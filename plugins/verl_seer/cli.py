@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.bar import Bar
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -145,6 +149,82 @@ def report(
         _fail(error)
     _print(body)
     _write_page(body, out or result.with_suffix(".html"))
+
+
+@app.command()
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --once: as JSON.")] = False,
+    pid: Annotated[
+        int | None, typer.Option(min=1, help="Process of the router. Default: the one that wrote last.")
+    ] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Watch a running rollout: instances, groups, throughput. On the router's machine, as its user; Ctrl-C ends it.
+
+    Example: kimi-stack seer top --once --json
+    """
+    from verl_seer.live import FOLDER, folder, read
+
+    if as_json and not once:
+        _fail("--json goes with --once")
+    where = folder()
+    if where is None:
+        _fail(f"{FOLDER} is off: no status is written")
+    try:
+        body = read(where, pid)
+        if as_json:
+            print(json.dumps(body, indent=1))
+        elif once:
+            Console().print(_view(body))
+        else:
+            console = Console()
+            if not console.is_terminal:  # a pipe or a file: one view after the other
+                while True:
+                    console.print(_view(read(where, pid)))
+                    time.sleep(interval)
+            with Live(_view(body), console=console, auto_refresh=False) as live:
+                while True:
+                    time.sleep(interval)
+                    live.update(_view(read(where, pid)), refresh=True)
+    except ValueError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+def _view(body: dict[str, Any], groups: int = 20) -> Group:
+    """The live view: a line of sums, instances, and the unfinished groups that are estimated longest."""
+    counts = body["counts"]
+    state = "ended" if body["ended"] else "running"
+    head = (
+        f"process {body['pid']}, {state}, {max(0.0, time.time() - body['written']):.0f} s ago: "
+        f"{counts['requests'] - body['unfinished']:,} of {counts['requests']:,} requests finished, "
+        f"{body['waiting']:,} wait; {counts['tokens']:,} tokens in {counts['chunks']:,} chunks, "
+        f"{body['tokens_per_second']:,.0f} tokens/s; {counts['moved']:,} moved, {counts['lost']:,} lost"
+    )
+    instances = Table(title="instances", title_justify="left")
+    instances.add_column("id", overflow="fold")
+    instances.add_column("running", justify="right")
+    instances.add_column("KV reserved", justify="right")
+    instances.add_column("")
+    for x in body["instances"]:
+        share = x["kv_reserved"] / x["kv_capacity"]
+        bar = Bar(1.0, 0, share, width=20)
+        instances.add_row(escape(x["id"]), f"{x['running']} of {x['max_running']}", f"{share:.0%}", bar)
+    shown = body["groups"][:groups]
+    table = Table(
+        title=f"groups: {body['groups_finished']:,} finished, {len(shown)} of {body['groups_unfinished']:,} others",
+        title_justify="left",
+    )
+    table.add_column("id", overflow="fold")
+    for column in ("finished", "running", "tokens", "estimate"):
+        table.add_column(column, justify="right")
+    for g in shown:
+        estimate = f"{g['estimate']:,}" if g["known"] else f"limit {g['estimate']:,}"
+        finished = f"{g['finished']} of {g['requests']}"
+        table.add_row(escape(g["id"]), finished, str(g["running"]), f"{g['generated']:,}", estimate)
+    return Group(head, instances, table)
 
 
 def _with_progress(run: Any, names: list[str]) -> Any:

@@ -37,6 +37,12 @@ class PoolMetadata(KVConnectorMetadata):
     save: list[tuple[str, int]] = field(default_factory=list)
 
 
+def _named_by_tokens(request: Any) -> bool:
+    """Whether a request's KV follows from its token ids; not with images, adapters, embeddings or a salt."""
+    other = (request.mm_features, request.lora_request, request.cache_salt)
+    return not any(other) and request.prompt_embeds is None
+
+
 @dataclass
 class _Found:
     """A request's blocks by name; those that the pool has from `first` on are pinned under `tag`."""
@@ -96,6 +102,8 @@ class SeerKVPool(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens behind the computed ones that the pool has; the last token is always computed."""
+        if not _named_by_tokens(request):
+            return 0, False
         tokens = request.all_token_ids[: request.num_tokens - 1]
         found = self._found.get(request.request_id)
         if found is None or len(found.keys) != len(tokens) // self._block_size:
@@ -129,7 +137,7 @@ class SeerKVPool(KVConnectorBase_V1, SupportsHMA):
             request = self._requests[request_id]
             drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
             left = request.num_prompt_tokens + request.max_tokens - request.num_tokens
-            if left - request.num_output_placeholders > 1 + drafts:
+            if left - request.num_output_placeholders > 1 + drafts or not _named_by_tokens(request):
                 continue
             computed = min(request.num_tokens, request.num_computed_tokens + scheduled)  # drafts may be wrong
             keys = block_keys(request.all_token_ids[:computed], self._block_size, self._start)

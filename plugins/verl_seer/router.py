@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from verl_seer.live import StatusFile
 from verl_seer.scheduler import Scheduler, SchedulerConfig
 from verl_seer.state import Instance, Request
 
@@ -68,6 +69,7 @@ class SeerRouter:
         self._cancelled: set[str] = set()
         self._counts = Counts()
         self._last = Counts()
+        self._status: StatusFile | None = None
 
     # -- Seer ----------------------------------------------------------------------------------------------
 
@@ -84,6 +86,7 @@ class SeerRouter:
             raise ValueError(f"capacity lacks the servers {absent}: give every server's KV tokens")
         self._config = SchedulerConfig(**options)
         self._capacity = dict(capacity)
+        self._status = self._status or StatusFile()
         self._renew()
 
     async def open_request(self, request_id: str, group_id: str, prompt_tokens: int, max_tokens: int) -> None:
@@ -191,7 +194,10 @@ class SeerRouter:
                 continue
             previous = assignment.previous_instance_id
             self._counts.moved += previous is not None and previous != server_id
-        if not self._scheduler.unfinished and self._counts.requests:
+        ended = not self._scheduler.unfinished and self._counts.requests > 0
+        if self._status is not None:
+            self._status.update(self._scheduler, vars(self._counts), ended)
+        if ended:
             # An actor's output, unlike its logger, reaches the training log.
             print("Seer: " + ", ".join(f"{n} {name}" for name, n in vars(self._counts).items()), flush=True)
             self._last, self._counts = self._counts, Counts()

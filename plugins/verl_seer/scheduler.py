@@ -124,6 +124,11 @@ class Scheduler:
         """All instances, in the order in which they were added."""
         return iter(self._instances.values())
 
+    def groups(self) -> Iterator[tuple[str, list[Request]]]:
+        """All groups with their requests, in the order in which they were added. Do not change them."""
+        for group_id, members in self._members.items():
+            yield group_id, [self._requests[r] for r in members]
+
     # -- requests and instances come and go ----------------------------------------------------------------
 
     def add(self, request: Request) -> None:

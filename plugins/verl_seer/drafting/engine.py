@@ -316,10 +316,11 @@ class EngineDrafter:
                 self._used[live.group] = now
         full = self._groups.tokens > self.options.max_tokens
         for group in self._groups.groups:  # the one used longest ago first
-            if group not in cursors and (full or now - self._used[group] > self.options.ttl_seconds):
+            idle = now - self._used.get(group, now)
+            if group not in cursors and (full or idle > self.options.ttl_seconds):
                 self._groups.drop(group)
-                del self._used[group]
                 full = self._groups.tokens > self.options.max_tokens
+        self._used = {group: self._used.get(group, now) for group in self._groups.groups}
         if self.link is not None:
             # Nothing more is asked for while there is something to take in.
             self.link.offer(updates, {} if self._news else cursors, dataclasses.asdict(self.counts))

@@ -153,7 +153,7 @@ def test_arrival_keeps_a_requests_place_and_round_robin_does_not():
 
 def test_the_estimate_by_exposure_counts_what_has_not_finished():
     """A group of 5, 20 and 30 tokens in chunks of 10, all at once: 5 when the first ends by the paper's estimate,
-    though the others are at 10 already; the tokens of all over the finished ones otherwise; never above the limit of 40."""
+    though the others are at 10 already; the tokens of all over the finished ones otherwise; the limit before."""
     seen = {}
     for estimate in ("longest", "exposure"):
         s = Scheduler(SchedulerConfig(10, estimate=estimate), [Instance("a", 1000, 8)])
@@ -174,8 +174,8 @@ def test_the_estimate_by_exposure_counts_what_has_not_finished():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_the_estimate_by_exposure_is_not_biased_by_who_finishes_first(seed):
-    """Exponential lengths of mean 1000, 400 in a group, all run alike until a quarter has finished: within five standard
-    errors (mean / sqrt(100 finished)) of the mean; the longest finished one is less than half of it."""
+    """Exponential lengths of mean 1000, 400 in a group, all run alike until a quarter has finished: within five
+    standard errors (mean / sqrt(100 finished)) of the mean; the longest finished one is less than half of it."""
     rng = np.random.default_rng(seed)
     lengths = np.ceil(rng.exponential(1000, 400)).astype(int)
     now = int(np.sort(lengths)[99])
