@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -162,7 +163,8 @@ def verl(session: nox.Session) -> None:
     session.install("-q", "--no-deps", "-r", REQUIREMENTS_VERL_CPU)
     session.install("-q", *TEST_TOOLS)
     install_project(session)
-    run_tests(session, "tests/verl")
+    # Ray refuses a temporary folder inside the virtual environment, where a session's is.
+    run_tests(session, "tests/verl", RAY_TMPDIR=tempfile.gettempdir())
 
 
 # What megatron-core imports and does not ask for: psutil to write checkpoints, triton in 0.19.
