@@ -10,7 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from hosts import AgentHost, introduce
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "plugins" / "nixl_tent" / "csrc"
+PROGRAMS = ("unit", "stress", "node", "fuzz_parsers", "fuzz_target", "fuzz_initiator")
 
 
 def matrix() -> list[Path]:
@@ -61,6 +63,12 @@ def needs_lab() -> None:
         pytest.skip(f"no lab here: {error}")
 
 
+@pytest.fixture(scope="session")
+def programs_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Sanitizers ("address,undefined", "thread") -> the folder with the C++ test programs, built once."""
+    return cache(lambda sanitize: build(tmp_path_factory, sanitize))
+
+
 def build(tmp_path_factory: pytest.TempPathFactory, sanitize: str) -> Path:
     """The folder with the C++ test programs, built with warnings as errors."""
     if shutil.which("cmake") is None:
@@ -73,7 +81,7 @@ def build(tmp_path_factory: pytest.TempPathFactory, sanitize: str) -> Path:
     options = ["-DKIMI_WERROR=ON", "-DTENT_TESTS=ON", f"-DTENT_SANITIZE={sanitize}"]
     subprocess.run(["cmake", "-S", folder, "-B", folder / "out", *options], check=True, capture_output=True)
     made = subprocess.run(
-        ["cmake", "--build", folder / "out", "-j2", "--target", "tent_unit", "tent_stress"],
+        ["cmake", "--build", folder / "out", "-j2", "--target", *(f"tent_{name}" for name in PROGRAMS)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -41,15 +42,15 @@ class Node:
             return line[3:]
         if not line:
             assert self.process.stderr is not None
-            raise NodeError(f"node {self.name} ended with {self.process.wait()}: {self.process.stderr.read()[-3000:]}")
+            raise NodeError(
+                f"node {self.name} ended with {self.process.wait()}: {self.process.stderr.read()[-3000:]}"
+            )
         raise NodeError(line)
 
     def call(self, *words: object) -> str:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # its end is told by the answer that does not come
             print(*words, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # its end is told by the answer that does not come
         return self._answer()
 
     def meet(self, other: Node) -> None:
@@ -92,10 +93,8 @@ class Node:
     def _forget(self) -> None:
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass
 
     def lose_connections(self, network: str) -> int:
         """Make this process's kernel forget its TCP connections to `network` ("10.77.1.") without a word to the

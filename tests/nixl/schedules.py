@@ -211,7 +211,9 @@ class Play:
             status, took = self.a.wait(index, BOUND)
             self.outcome.states.append(status)
             self.outcome.longest = max(self.outcome.longest, took)
-            self.claim(status in allowed, f"transfer {index} ({post.op}) ended as {status} after {took:.1f} s")
+            self.claim(
+                status in allowed, f"transfer {index} ({post.op}) ended as {status} after {took:.1f} s"
+            )
             if status == DONE:
                 good.append(index)
         return good
@@ -252,7 +254,10 @@ class Play:
         time.sleep(SETTLE)
         for taker, index, clear in taken:
             length = self.schedule.posts[index].length
-            self.claim(taker.digest("m", index * (AREA + GUARD), length) == clear, f"transfer {index} was written late")
+            self.claim(
+                taker.digest("m", index * (AREA + GUARD), length) == clear,
+                f"transfer {index} was written late",
+            )
 
     def heal(self) -> None:
         for link in range(LINKS):
@@ -278,7 +283,10 @@ class Play:
             if status != DONE or up == ["up"] * LINKS or time.monotonic() > end:
                 break
         self.claim(up == ["up"] * LINKS, f"after everything healed the links are {up}")
-        self.claim(self.a.digest("m", 0, AREA) == self.b.digest("m", 0, AREA), "a transfer after it moved wrong bytes")
+        self.claim(
+            self.a.digest("m", 0, AREA) == self.b.digest("m", 0, AREA),
+            "a transfer after it moved wrong bytes",
+        )
         peer = self.a.metrics()["peers"][0]
         self.claim(peer["transfers"] == 0 and peer["backlog"] == 0, "work is left that nobody posted")
 
@@ -317,7 +325,10 @@ class Play:
             self.check_life_after()
             for node in (self.a, self.b):
                 descriptors, threads, heap = node.close()
-                self.claim(descriptors == 0 and threads == 0, f"{node.name} left {descriptors} files, {threads} threads")
+                self.claim(
+                    descriptors == 0 and threads == 0,
+                    f"{node.name} left {descriptors} files, {threads} threads",
+                )
                 self.claim(heap <= HEAP_SLACK, f"{node.name} left {heap} bytes of heap")
         except Exception as error:
             self.outcome.problems.append(f"{type(error).__name__}: {error}")
@@ -362,7 +373,9 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("program", type=Path, help="tent_node, built with -DTENT_TESTS=ON")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="first seed")
