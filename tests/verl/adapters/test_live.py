@@ -117,7 +117,10 @@ def test_files_of_processes_that_ended_are_forgotten(folder):
 def test_the_live_view_ends_with_an_interrupt(folder):
     """In a pipe one view comes after the other."""
     asyncio.run(halfway())
-    command = [sys.executable, "-u", "-c", "from verl_seer.cli import app; app(['top', '--interval', '0.1'])"]
+    # A job in the background inherits that interrupts are ignored.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from verl_seer.cli import app; app(['top', '--interval', '0.1'])"
+    command = [sys.executable, "-u", "-c", program]
     view = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         seen, deadline = b"", time.monotonic() + 120

@@ -1,0 +1,80 @@
+"""The instance model of a real engine: a `StepModel` fitted to steps that were measured there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl_seer.simulate.costs import StepModel
+
+_FASTEST = 1e9  # tokens per second where the steps show no cost at all
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of an engine.
+
+    Args:
+        seconds: from the end of the step before, which left requests running, to the end of this one.
+        requests: that got a token by decoding.
+        prefill_tokens: computed of prompts, and of preempted requests again.
+        transferred_tokens: whose KV came from elsewhere.
+        kv_tokens: that the batch attended to.
+    """
+
+    seconds: float
+    requests: int
+    prefill_tokens: int
+    transferred_tokens: int
+    kv_tokens: float
+
+
+def fit_steps(steps: Sequence[Step]) -> StepModel:
+    """The step model with the least squared relative error over `steps`, its terms not negative.
+
+    A first fit over all steps says which took more than three times as long as they should: something else ran on
+    the machine. The second fit is without those. What prefill or a transfer costs beside a decoding step is taken to
+    be proportional to its tokens.
+
+    Raises:
+        ValueError: fewer than 20 steps, or the steps say nothing of the cost of decoding.
+    """
+    if len(steps) < 20:
+        raise ValueError(f"steps must be at least 20, got {len(steps)}: measure a longer rollout")
+    seconds = np.array([s.seconds for s in steps])
+    if not (seconds > 0).all():
+        raise ValueError(f"seconds of a step must be positive, got {seconds.min()}")
+    terms = np.array(
+        [[1.0, s.requests, s.prefill_tokens, s.transferred_tokens, s.kv_tokens] for s in steps], float
+    )
+    first = _not_negative(terms, seconds)
+    quiet = seconds <= 3 * terms @ first
+    fixed, per_request, prefill, transfer, per_kv = _not_negative(terms[quiet], seconds[quiet])
+    if fixed <= 0:
+        raise ValueError("the steps have no fixed cost: measure steps of different sizes")
+    return StepModel(
+        fixed=fixed,
+        per_request=per_request,
+        per_token=0.0,  # without drafts a request is a token
+        per_kv=per_kv,
+        draft_per_token=0.0,
+        prefill_rate=min(_FASTEST, 1 / prefill) if prefill > 0 else _FASTEST,
+        transfer_rate=min(_FASTEST, 1 / transfer) if transfer > 0 else _FASTEST,
+    )
+
+
+def _not_negative(terms: np.ndarray, seconds: np.ndarray) -> list[float]:
+    """Weights that are not negative; a term whose weight would be is left out, the worst first."""
+    relative = terms / seconds[:, None]
+    scale = np.abs(relative).max(axis=0)
+    active = [i for i in range(terms.shape[1]) if scale[i] > 0]
+    weights = np.zeros(terms.shape[1])
+    while active:
+        found = np.linalg.lstsq(relative[:, active] / scale[active], np.ones(len(seconds)), rcond=None)[0]
+        if (found >= 0).all():
+            weights[active] = found / scale[active]
+            break
+        del active[int(found.argmin())]
+    return [float(w) for w in weights]
