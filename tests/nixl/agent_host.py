@@ -135,6 +135,28 @@ class Host:
     def latencies(self, handle: int, count: int) -> list[float]:
         return [self.run(handle)["seconds"] for _ in range(count)]
 
+    def latencies_among(self, handle: int, background: int, count: int) -> list[float]:
+        """The same while `background` is posted again whenever it is done: mice among elephants."""
+        self.agent.transfer(self.handles[background])
+        seconds = []
+        for _ in range(count):
+            if self.state(background) != "PROC":
+                self.agent.transfer(self.handles[background])
+            seconds.append(self.run(handle)["seconds"])
+        self.wait(background)
+        return seconds
+
+    def copy_seconds(self, name: str, count: int) -> float:
+        """The fastest of `count` copies of a buffer inside this process."""
+        data = self.buffers[name]
+        other = np.zeros_like(data)
+        best = float("inf")
+        for _ in range(count):
+            begin = time.perf_counter()
+            np.copyto(other, data)
+            best = min(best, time.perf_counter() - begin)
+        return best
+
     def release(self, handle: int) -> None:
         self.agent.release_xfer_handle(self.handles.pop(handle))
 

@@ -23,7 +23,8 @@ struct World {
     socklen_t size = sizeof at;
     listener = socket(AF_INET, SOCK_STREAM, 0);
     fuzz::require(bind(listener, reinterpret_cast<const sockaddr*>(&at), sizeof at) == 0 && listen(listener, 64) == 0 &&
-                  getsockname(listener, reinterpret_cast<sockaddr*>(&at), &size) == 0);
+                  getsockname(listener, reinterpret_cast<sockaddr*>(&at), &size) == 0,
+                  "a target can listen");
     port = ntohs(at.sin_port);
   }
 };
@@ -72,9 +73,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fuzz::settle(engine);
     engine.disconnect("target");
     fuzz::settle(engine);
-    for (const auto& transfer : transfers) fuzz::require(transfer->status != tent::Status::running);
+    for (const auto& transfer : transfers) fuzz::require(transfer->status != tent::Status::running, "transfers end with the peer");
   }
-  fuzz::require(std::all_of(world->source.begin(), world->source.end(), [](uint8_t byte) { return byte == 9; }));
-  fuzz::require(world->sink[SIZE / 2] == 7);   // lies between the two pieces that are read
+  fuzz::require(std::all_of(world->source.begin(), world->source.end(), [](uint8_t byte) { return byte == 9; }),
+                "what is only read from is as it was");
+  fuzz::require(world->sink[SIZE / 2] == 7, "what lies between the pieces that are read into is as it was");
   return 0;
 }
