@@ -3,21 +3,31 @@
 With greedy decoding the two runs must sample the same responses: divided, drafted for each other, with KV blocks
 shared between the replicas, over weights that change. The model has random weights in float32, so that no
 two logits are equal, and one token in twelve is a stop token, so that responses end everywhere in a chunk.
+
+With sampling, the reward of a small task rises. And an engine is killed in the middle of a rollout.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from verl_seer import live
+
 pytest.importorskip("verl.workers.rollout.router", reason="needs verl, Ray and their dependencies")
+psutil = pytest.importorskip("psutil")
 
 STEPS, PROMPTS, GROUP = 2, 4, 4
 CHUNK, LIMIT = 8, 48
@@ -26,10 +36,16 @@ REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return (len(solution_str) % 7) / 7.0
 """
+# The share of ASCII: about half of the tokens of a tokenizer of bytes.
+ASCII_REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return sum(c.isascii() for c in solution_str) / max(1, len(solution_str))
+"""
+SEER = ("hydra.searchpath=[pkg://verl_seer.config]", "+seer=rollout", f"seer.chunk_size={CHUNK}")
 
 
-def make_inputs(folder: Path) -> None:
-    """A tokenizer, a random Qwen2 of 150 thousand parameters and 8 prompts."""
+def make_inputs(folder: Path, prompts: int = STEPS * PROMPTS, reward: str = REWARD) -> None:
+    """A tokenizer, a random Qwen2 of 150 thousand parameters, prompts and a reward."""
     import pandas
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -70,17 +86,17 @@ def make_inputs(folder: Path) -> None:
             "reward_model": {"style": "rule", "ground_truth": str(8 * i)},
             "extra_info": {"index": i, "split": "train"},
         }
-        for i in range(STEPS * PROMPTS)
+        for i in range(prompts)
     ]
     pandas.DataFrame(rows).to_parquet(folder / "data.parquet")
-    (folder / "reward.py").write_text(REWARD)
+    (folder / "reward.py").write_text(reward)
 
 
-def overrides(folder: Path, out: Path) -> list[str]:
+def overrides(folder: Path, out: Path, steps: int) -> list[str]:
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     return [
         "algorithm.adv_estimator=grpo", "trainer.device=cpu", "trainer.logger=[console]",
-        f"trainer.total_training_steps={STEPS}", "trainer.n_gpus_per_node=2", "trainer.nnodes=1",
+        f"trainer.total_training_steps={steps}", "trainer.n_gpus_per_node=2", "trainer.nnodes=1",
         "trainer.val_before_train=False", "trainer.test_freq=-1", "trainer.save_freq=-1",
         f"trainer.rollout_data_dir={out}", f"trainer.default_local_dir={out}/checkpoints",
         f"data.train_files={folder}/data.parquet", f"data.val_files={folder}/data.parquet", "data.shuffle=False",
@@ -104,46 +120,68 @@ def overrides(folder: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def train(folder: Path, name: str, *more: str) -> tuple[list[list[tuple[str, str]]], str]:
-    """Sorted (prompt, response) of each step, and the run's output."""
+def train(
+    folder: Path,
+    name: str,
+    *more: str,
+    steps: int = STEPS,
+) -> tuple[list[list[dict[str, Any]]], str]:
+    """The samples of each step, and the run's output."""
+    with running(folder, name, *more, steps=steps) as run:
+        code = run.wait(timeout=1500)
+    text = (folder / f"{name}.log").read_text(errors="replace")
+    assert code == 0, text[-6000:]
+    samples = []
+    for step in range(1, steps + 1):
+        rows = (folder / name / f"{step}.jsonl").read_text().splitlines()
+        samples.append([json.loads(line) for line in rows])
+    return samples, text
+
+
+@contextmanager
+def running(folder: Path, name: str, *more: str, steps: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A training run, which ends with the block."""
     out = folder / name
     environment = {
         **os.environ,
         "VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "RAY_DEDUP_LOGS": "0",
         "RAY_AUTH_MODE": "disabled", "RAY_prestart_worker_first_driver": "0",
+        live.FOLDER: str(folder / f"{name}-status"),
     }  # fmt: skip
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(folder, out), *more]
-    log = folder / f"{name}.log"
-    with log.open("w") as file:
-        code = subprocess.run(
-            command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=1500
-        ).returncode
-    text = log.read_text(errors="replace")
-    assert code == 0, text[-6000:]
-    steps = []
-    for step in range(1, STEPS + 1):
-        rows = [json.loads(line) for line in (out / f"{step}.jsonl").read_text().splitlines()]
-        steps.append(sorted((row["input"], row["output"]) for row in rows))
-    return steps, text
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(folder, out, steps), *more]
+    with (folder / f"{name}.log").open("w") as file:
+        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            yield run
+        finally:
+            if run.poll() is None:
+                for process in [*psutil.Process(run.pid).children(recursive=True), run]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+            run.wait()
+
+
+def texts(samples: list[list[dict[str, Any]]]) -> list[list[tuple[str, str]]]:
+    """Sorted (prompt, response) of each step."""
+    return [sorted((row["input"], row["output"]) for row in step) for step in samples]
 
 
 @pytest.mark.slow
 def test_seer_samples_what_stock_verl_samples(tmp_path):
     make_inputs(tmp_path)
-    stock, _ = train(tmp_path, "stock")
-    seer, log = train(
+    stock = texts(train(tmp_path, "stock")[0])
+    samples, log = train(
         tmp_path,
         "seer",
-        "hydra.searchpath=[pkg://verl_seer.config]",
-        "+seer=rollout",
-        f"seer.chunk_size={CHUNK}",
+        *SEER,
         "seer.draft_update_seconds=0.001",
         "seer.draft_min_score=0",
         f"seer.kv_pool={tmp_path}/kv",
         "seer.affinity_spread=0",  # chunks move as soon as the other server runs less
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=32",
     )
+    seer = texts(samples)
     for step in stock:
         assert set(collections.Counter(prompt for prompt, _ in step).values()) == {GROUP}
         assert len(step) == PROMPTS * GROUP
@@ -166,3 +204,62 @@ def test_seer_samples_what_stock_verl_samples(tmp_path):
     accepted, drafted, _ = (int(n) for n in said[-1])
     assert 0 < accepted <= drafted
     assert not list((tmp_path / "kv").iterdir()), "the last weights emptied the pool"
+
+
+@pytest.mark.slow
+def test_the_reward_of_a_small_task_rises(tmp_path):
+    """Eight steps of 64 samples with all of Seer but the pool. Without learning the means of the first and the last two
+    steps differ by chance: a sample's share has a standard deviation below 0.5, so that of the difference is below
+    0.5 * sqrt(2 / 128) = 0.063 if samples are independent, and a rise of 0.2 is three of them."""
+    steps, prompts, group = 8, 8, 8
+    make_inputs(tmp_path, steps * prompts, ASCII_REWARD)
+    samples, _ = train(
+        tmp_path,
+        "reward",
+        *SEER,
+        f"data.train_batch_size={prompts}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={prompts}",
+        f"actor_rollout_ref.rollout.n={group}",
+        "actor_rollout_ref.rollout.top_k=-1",
+        "actor_rollout_ref.actor.optim.lr=5e-3",
+        steps=steps,
+    )
+    means = [sum(row["score"] for row in step) / len(step) for step in samples]
+    assert [len(step) for step in samples] == [prompts * group] * steps
+    print("mean rewards:", [round(m, 3) for m in means])
+    assert sum(means[-2:]) / 2 > sum(means[:2]) / 2 + 0.2, means
+
+
+@pytest.mark.slow
+def test_a_rollout_completes_though_an_engine_is_killed(tmp_path):
+    """Every sample is whole. What comes after, verl's weight update of a server that is dead, is not tried."""
+    length = 320
+    make_inputs(tmp_path, PROMPTS)
+    options = [
+        *SEER,
+        "actor_rollout_ref.rollout.ignore_eos=True",
+        f"data.max_response_length={length}",
+        f"actor_rollout_ref.rollout.max_model_len={96 + length}",
+    ]
+    killed, found, text = False, None, ""
+    with running(tmp_path, "killed", *options, steps=1) as run:
+        deadline = time.monotonic() + 1200
+        while found is None and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if not killed:
+                try:
+                    seen = live.read(tmp_path / "killed-status")
+                except ValueError:  # it has not begun
+                    continue
+                if seen["counts"]["chunks"] > PROMPTS * GROUP and all(x["running"] for x in seen["instances"]):
+                    children = psutil.Process(run.pid).children(recursive=True)
+                    engines = [p for p in children if "EngineCore" in p.name()]
+                    assert len(engines) == 2, children
+                    engines[0].kill()
+                    killed = True
+            text = (tmp_path / "killed.log").read_text(errors="replace")
+            found = re.search(r"Seer: (\d+) requests, (\d+) chunks, \d+ moved, (\d+) lost, (\d+) tokens", text)
+    assert killed and found is not None, text[-6000:]
+    requests, chunks, lost, tokens = (int(n) for n in found.groups())
+    assert lost > 0 and "is lost, its chunks run elsewhere" in text
+    assert requests == PROMPTS * GROUP and tokens == requests * length and chunks >= tokens // CHUNK
