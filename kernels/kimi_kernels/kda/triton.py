@@ -38,9 +38,18 @@ class _Problem:
         self.groups = self.HV // self.H
         self.wide = v.dtype == torch.float32
         self.options = options
-        self.out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        sizes = (self.V, self.K) if options.state_v_first else (self.K, self.V)
-        self.final = torch.empty((self.N, self.HV, *sizes), dtype=torch.float32, device=v.device)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Room for the output and the final states."""
+        sizes = (self.V, self.K) if self.options.state_v_first else (self.K, self.V)
+        final = torch.empty((self.N, self.HV, *sizes), dtype=torch.float32, device=self.v.device)
+        return torch.empty(self.v.shape, dtype=self.v.dtype, device=self.v.device), final
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.g, self.beta, self.A_log, self.dt_bias, self.offsets
+
+    def input_strides(self) -> tuple[int, ...]:
+        return *self.q.stride()[:3], *self.k.stride()[:3], *self.g.stride()[:3], *self.beta.stride()
 
     def numbers(self) -> tuple[float, float, float]:
         o = self.options
@@ -61,48 +70,121 @@ class _Problem:
             "PACKED": self.offsets is not None,
         }
 
-    def state_strides(self) -> tuple[int, ...]:
-        return *self._strides_of(self.initial), *self._strides_of(self.final)
-
-    def _strides_of(self, state: Tensor | None) -> tuple[int, ...]:
+    def strides_of(self, state: Tensor | None) -> tuple[int, ...]:
         if state is None:
             return 0, 0, 0, 0
         n, h, a, b = state.stride()
         return (n, h, b, a) if self.options.state_v_first else (n, h, a, b)
 
 
+class _Chunks:
+    """The chunk quantities of one call, made by the launch that all chunks share."""
+
+    def __init__(self, p: _Problem, keep: bool) -> None:
+        from . import triton_kernels as kernels
+
+        config = kernels.prepare_config(p.K, p.wide)
+        self.BT, self.KP = config.constants["BT"], config.constants["KP"]
+        slots = p.T // self.BT + p.N if p.offsets is not None else p.N * -(-p.T // self.BT)
+        self.p, self.slots = p, slots if p.T else 0
+        self.read_key, self.query, self.write_key = (self.room(self.BT, self.KP) for _ in range(3))
+        self.decay = self.room(self.KP, dtype=torch.float32)
+        self.solve, self.attend = self.room(self.BT, self.BT), self.room(self.BT, self.BT)
+        self.solve_back = self.room(self.BT, self.BT) if keep else None
+        self.strengths = self.room(self.BT, dtype=torch.float32) if keep else None
+        _triton.launch(
+            kernels.prepare_kernel, (self.slots, p.HV), p.v,
+            *p.inputs(), *self.pairs(), self.attend, self.solve_back, self.strengths,
+            *p.input_strides(), p.T, p.N, p.groups, self.KP, *p.numbers(),
+            config=config._replace(constants={**config.constants, **p.input_constants(), "KEEP": keep}),
+        )  # fmt: skip
+
+    def room(self, *shape: int, dtype: torch.dtype | None = None, zero: bool = False) -> Tensor:
+        """A tensor [slots, HV, *shape]; kernels write the slots that are in use."""
+        make = torch.zeros if zero else torch.empty
+        return make((self.slots, self.p.HV, *shape), dtype=dtype or self.p.v.dtype, device=self.p.v.device)
+
+    def pairs(self) -> tuple[Tensor, ...]:
+        return self.read_key, self.query, self.write_key, self.decay, self.solve
+
+    def scan(self, out: Tensor | None, final: Tensor | None, kept: tuple[Tensor, Tensor] | None) -> None:
+        """Go through the chunks in order: to outputs and final states, or to what gradients need."""
+        from . import triton_kernels as kernels
+
+        p = self.p
+        config = kernels.scan_config(p.K, p.V, p.wide)
+        constants = {"HV": p.HV, "HAS_INITIAL": p.initial is not None, "PACKED": p.offsets is not None,
+                     "KEEP": kept is not None}  # fmt: skip
+        _triton.launch(
+            kernels.scan_kernel, (-(-p.V // config.constants["BV"]), p.N * p.HV), p.v,
+            *self.pairs(), self.attend, self.strengths, p.v, p.initial, out, final, *(kept or (None, None)), p.offsets,
+            *p.v.stride()[:3], *_token_strides(out), *p.strides_of(p.initial), *p.strides_of(final), p.T,
+            config=config._replace(constants={**config.constants, **constants}),
+        )  # fmt: skip
+
+
+def _token_strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
 @dispatch.register("chunk_kda", "triton", _refuses)
 def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options):
+    p = _Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    out, final = p.results()
+    _Chunks(p, keep=False).scan(out, final, None)
+    return out, final
+
+
+@dispatch.register("chunk_kda_backward", "triton", lambda d_out, d_state, *args: _refuses(*args))
+def chunk_kda_backward(
+    d_out, d_state, q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options
+) -> list[Tensor | None]:
+    """Four launches: the chunks again, forth and back through the states, and all other gradients chunk by chunk."""
     from . import triton_kernels as kernels
 
     p = _Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
-    config = kernels.prepare_config(p.K, p.wide)
-    BT, KP = config.constants["BT"], config.constants["KP"]
-    slots = p.T // BT + p.N if p.offsets is not None else p.N * -(-p.T // BT)
-    slots = slots if p.T else 0
+    d_out, d_state = _triton.rows(d_out.to(v.dtype)), d_state.to(torch.float32)
+    chunks = _Chunks(p, keep=True)
+    states, written = chunks.room(chunks.KP, p.V), chunks.room(chunks.BT, p.V)
+    chunks.scan(None, None, (states, written))
 
-    def room(*shape: int, dtype: torch.dtype = v.dtype) -> Tensor:
-        return torch.empty((slots, p.HV, *shape), dtype=dtype, device=v.device)
-
-    read_key, query, write_key = (room(BT, KP) for _ in range(3))
-    decay, solve, attend = room(KP, dtype=torch.float32), room(BT, BT), room(BT, BT)
-    pairs = (read_key, query, write_key, decay, solve, attend)
-    _triton.launch(
-        kernels.prepare_kernel, (slots, p.HV), v,
-        p.q, p.k, p.g, p.beta, p.A_log, p.dt_bias, p.offsets, *pairs,
-        *p.q.stride()[:3], *p.k.stride()[:3], *p.g.stride()[:3], *p.beta.stride(),
-        p.T, p.N, p.groups, KP, *p.numbers(),
-        config=config._replace(constants={**config.constants, **p.input_constants()}),
-    )  # fmt: skip
-    config = kernels.scan_config(p.K, p.V, p.wide)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_initial = None if initial_state is None else torch.empty_like(initial_state, dtype=torch.float32)
+    d_states, d_written = torch.empty_like(states), torch.empty_like(written)
+    config = kernels.scan_back_config(p.K, p.V, p.wide)
     constants = {"HV": p.HV, "HAS_INITIAL": p.initial is not None, "PACKED": p.offsets is not None}
     _triton.launch(
-        kernels.scan_kernel, (-(-p.V // config.constants["BV"]), p.N * p.HV), v,
-        *pairs, p.v, p.initial, p.out, p.final, p.offsets,
-        *p.v.stride()[:3], *p.out.stride()[:3], *p.state_strides(), p.T,
+        kernels.scan_back_kernel, (-(-p.V // config.constants["BV"]), p.N * p.HV), v,
+        chunks.read_key, chunks.query, chunks.write_key, chunks.decay, chunks.solve_back, chunks.attend,
+        chunks.strengths, d_out, d_state, d_initial, dv, d_states, d_written, p.offsets,
+        *d_out.stride()[:3], *dv.stride()[:3], *p.strides_of(d_state), *p.strides_of(d_initial), p.T,
         config=config._replace(constants={**config.constants, **constants}),
     )  # fmt: skip
-    return p.out, p.final
+
+    def like_g(dtype: torch.dtype) -> Tensor:
+        return torch.empty(g.shape, dtype=dtype, device=g.device)
+
+    narrow = torch.float32 if p.groups > 1 else q.dtype  # of each value head, summed below
+    dq, dk, dg = like_g(narrow), like_g(narrow), like_g(g.dtype)
+    dq_hat, dk_hat = (like_g(torch.float32) if options.l2norm else None for _ in range(2))
+    dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
+    d_rate = None if A_log is None else chunks.room(dtype=torch.float32, zero=True)
+    d_bias = None if dt_bias is None else chunks.room(chunks.KP, dtype=torch.float32, zero=True)
+    config = kernels.gradient_config(p.K, p.V, p.wide)
+    _triton.launch(
+        kernels.gradient_kernel, (chunks.slots, p.HV), v,
+        *p.inputs(), d_out, states, d_states, written, d_written, chunks.strengths,
+        dq_hat, dk_hat, dq, dk, dg, dbeta, d_rate, d_bias,
+        *p.input_strides(), *d_out.stride()[:3], p.T, p.N, p.groups, chunks.KP, p.V, *p.numbers(),
+        config=config._replace(constants={**config.constants, **p.input_constants()}),
+    )  # fmt: skip
+    if p.groups > 1:
+        dq, dk = (x.unflatten(2, (p.H, p.groups)).sum(3).to(q.dtype) for x in (dq, dk))
+    if d_initial is not None:
+        d_initial = d_initial.to(initial_state.dtype)
+    dA_log = None if d_rate is None else d_rate.sum(0).view(A_log.shape).to(A_log.dtype)
+    ddt_bias = None if d_bias is None else d_bias.sum(0)[:, : p.K].reshape(dt_bias.shape).to(dt_bias.dtype)
+    return [dq, dk, dv, dg, dbeta, d_initial, dA_log, ddt_bias]
 
 
 @dispatch.register("fused_recurrent_kda", "triton", _refuses)
@@ -110,13 +192,14 @@ def fused_recurrent_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seql
     from . import triton_kernels as kernels
 
     p = _Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    out, final = p.results()
     config = kernels.recurrent_config(p.K, p.V)
     constants = {**p.input_constants(), "HAS_INITIAL": p.initial is not None}
     _triton.launch(
         kernels.recurrent_kernel, (-(-p.V // config.constants["BV"]), p.N * p.HV), v,
-        p.q, p.k, p.v, p.g, p.beta, p.A_log, p.dt_bias, p.offsets, p.initial, p.out, p.final,
-        *p.q.stride()[:3], *p.k.stride()[:3], *p.g.stride()[:3], *p.beta.stride(),
-        *p.v.stride()[:3], *p.out.stride()[:3], *p.state_strides(), p.T, p.groups, *p.numbers(),
+        p.q, p.k, p.v, p.g, p.beta, p.A_log, p.dt_bias, p.offsets, p.initial, out, final,
+        *p.input_strides(), *p.v.stride()[:3], *out.stride()[:3], *p.strides_of(p.initial), *p.strides_of(final),
+        p.T, p.groups, *p.numbers(),
         config=config._replace(constants={**config.constants, **constants}),
     )  # fmt: skip
-    return p.out, p.final
+    return out, final

@@ -2,8 +2,11 @@
 
 The chunk form runs in two launches. `prepare_kernel` does, for all chunks at once, everything that does not need the
 state: norm, gate, cumulative decay, and the two triangular matrices of a chunk. `scan_kernel` then goes from chunk to
-chunk with a slice of the state in registers. Decays are exponents of 2 here, and every exponential is of a sum of
-log decays of consecutive tokens, never of a difference of sums: none can overflow, cancel or be NaN, whatever the gate.
+chunk with a slice of the state in registers. Gradients take four: these two again, `scan_back_kernel` from the last
+chunk to the first, and `gradient_kernel` for all chunks at once.
+
+Decays are exponents of 2 here, and every exponential is of a sum of log decays of consecutive tokens, never of a
+difference of sums: none can overflow, cancel or be NaN, whatever the gate.
 
 Sequences of any length share one grid: sequence n, which starts at token a of the packed row, owns the chunk slots
 from a // BT + n on, which are as many as it can need. No table of chunks has to be made, or to reach the host.
@@ -100,11 +103,46 @@ def _half_decays(g, after, BT: tl.constexpr, BK: tl.constexpr, HALF: tl.constexp
 
 
 @triton.jit
-def _across(x, BT: tl.constexpr, HALF: tl.constexpr):
-    """The entries of [BT, BT] whose row is in the upper and column in the lower half of one block of 2 HALF rows."""
+def _norms(q_row, k_row, live, width, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """1 / |q| and 1 / |k| of a chunk's rows."""
+    q_square = tl.zeros([BT], tl.float32)
+    k_square = tl.zeros([BT], tl.float32)
+    for channel in tl.range(0, width, BK):
+        c = channel + tl.arange(0, BK)
+        inside = live[:, None] & (c < K)[None, :]
+        x = tl.load(q_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(k_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        q_square += tl.sum(x * x, axis=1)
+        k_square += tl.sum(y * y, axis=1)
+    return tl.rsqrt(q_square + NORM_EPS), tl.rsqrt(k_square + NORM_EPS)
+
+
+@triton.jit
+def _channels(
+    q_row, k_row, g_row, g_stride_t, bias, c, live, followed, q_factor, k_factor, rate, lower_bound,
+    K: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Some channels of a chunk: q and k times their factors, log2 decays of its rows and of the rows behind them."""
+    inside = live[:, None] & (c < K)[None, :]
+    next_inside = followed[:, None] & (c < K)[None, :]
+    x = tl.load(q_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32) * q_factor[:, None]
+    y = tl.load(k_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32) * k_factor[:, None]
+    raw = tl.load(g_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    step = tl.where(inside, _log2_decay(raw, bias, rate, lower_bound, GATE), 0.0)
+    raw = tl.load((g_row + g_stride_t)[:, None] + c[None, :], mask=next_inside, other=0.0).to(tl.float32)
+    after = tl.where(next_inside, _log2_decay(raw, bias, rate, lower_bound, GATE), 0.0)
+    return x, y, step, after
+
+
+@triton.jit
+def _across(x, BT: tl.constexpr, HALF: tl.constexpr, BOTH: tl.constexpr = False):
+    """The entries of [BT, BT] whose row is in the upper and column in the lower half of one block of 2 HALF rows.
+
+    BOTH: also those whose row is in the lower and column in the upper half.
+    """
     row, column = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    chosen = (row // (2 * HALF) == column // (2 * HALF)) & (row // HALF % 2 == 1) & (column // HALF % 2 == 0)
-    return tl.where(chosen, x, 0.0)
+    chosen = (row // (2 * HALF) == column // (2 * HALF)) & (row // HALF != column // HALF)
+    return tl.where(chosen if BOTH else chosen & (row > column), x, 0.0)
 
 
 @triton.jit
@@ -121,19 +159,21 @@ def _inverse(A, BT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr)
 @triton.jit
 def prepare_kernel(
     q, k, g, beta, A_log, dt_bias, cu_seqlens,
-    read_key, query, write_key, decay, solve, attend,
+    read_key, query, write_key, decay, solve, attend, solve_back, strengths,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
     T, N, groups, width, scale, lower_bound, beta_scale,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, HAS_RATE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr,
-    SIGMOID: tl.constexpr, PACKED: tl.constexpr, PER: tl.constexpr, PRECISION: tl.constexpr,
+    SIGMOID: tl.constexpr, PACKED: tl.constexpr, PER: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Everything of one chunk and value head that does not need the state; grid (slots, HV).
 
     With G the decay from the chunk's start: read_key = k G, query = scale q G, write_key = k (decay up to its end),
     each [slots, HV, BT, KP]; decay [slots, HV, KP] = log2 G of the last row;
     solve = (I + beta A)^-1 diag(beta), attend = scale tril(q k^T decayed), each [slots, HV, BT, BT].
+    To KEEP for gradients: solve = (I + A diag(beta))^-1 without the factor beta, solve_back = (I + beta A)^-1, and
+    strengths [slots, HV, BT] = beta.
     """
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -160,17 +200,7 @@ def prepare_kernel(
     q_norm = tl.full([BT], 1.0, tl.float32)
     k_norm = tl.full([BT], 1.0, tl.float32)
     if L2NORM:
-        q_square = tl.zeros([BT], tl.float32)
-        k_square = tl.zeros([BT], tl.float32)
-        for channel in tl.range(0, width, BK):
-            c = channel + tl.arange(0, BK)
-            inside = live[:, None] & (c < K)[None, :]
-            x = tl.load(q_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(k_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            q_square += tl.sum(x * x, axis=1)
-            k_square += tl.sum(y * y, axis=1)
-        q_norm = tl.rsqrt(q_square + NORM_EPS)
-        k_norm = tl.rsqrt(k_square + NORM_EPS)
+        q_norm, k_norm = _norms(q_row, k_row, live, width, K, BT, BK)
 
     A = tl.zeros([BT, BT], tl.float32)
     P = tl.zeros([BT, BT], tl.float32)
@@ -181,22 +211,13 @@ def prepare_kernel(
     for turn in tl.static_range(0, (LEVELS + PER - 1) // PER):
         for channel in tl.range(0, width, BK):
             c = channel + tl.arange(0, BK)
-            inside = live[:, None] & (c < K)[None, :]
-            next_inside = followed[:, None] & (c < K)[None, :]
             bias = tl.zeros([1, BK], tl.float32)
             if HAS_BIAS:
                 bias = tl.load(dt_bias + head * K + c, mask=c < K, other=0.0).to(tl.float32)[None, :]
-            x = (
-                tl.load(q_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
-                * (q_norm * scale)[:, None]
-            )
-            y = tl.load(k_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32) * k_norm[:, None]
-            raw = tl.load(g_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            step = tl.where(inside, _log2_decay(raw, bias, rate, lower_bound, GATE), 0.0)
-            raw = tl.load((g_row + g_stride_t)[:, None] + c[None, :], mask=next_inside, other=0.0).to(
-                tl.float32
-            )
-            after = tl.where(next_inside, _log2_decay(raw, bias, rate, lower_bound, GATE), 0.0)
+            x, y, step, after = _channels(
+                q_row, k_row, g_row, g_stride_t, bias, c, live, followed, q_norm * scale, k_norm, rate, lower_bound,
+                K, GATE,
+            )  # fmt: skip
 
             if turn == 0:
                 grown = tl.exp2(tl.cumsum(step, axis=0))
@@ -217,24 +238,35 @@ def prepare_kernel(
     if SIGMOID:
         strength = tl.sigmoid(strength)
     strength = tl.where(live, strength * beta_scale, 0.0)
-    inverse = _inverse(strength[:, None] * A, BT, LEVELS, PRECISION)
+    inverse = _inverse(A * strength[None, :], BT, LEVELS, PRECISION)
     square = place * BT * BT + row[:, None] * BT + row[None, :]
-    tl.store(solve + square, (inverse * strength[None, :]).to(solve.dtype.element_ty))
+    if KEEP:
+        tl.store(strengths + place * BT + row, strength)
+        tl.store(solve + square, inverse.to(solve.dtype.element_ty))
+        other = -strength[:, None] * tl.dot(inverse, A, input_precision=PRECISION)
+        other += tl.where(row[:, None] == row[None, :], 1.0, 0.0)
+        tl.store(solve_back + square, other.to(solve_back.dtype.element_ty))
+    else:
+        tl.store(solve + square, (strength[:, None] * inverse).to(solve.dtype.element_ty))
     P += tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
     tl.store(attend + square, P.to(attend.dtype.element_ty))
 
 
 @triton.jit
 def scan_kernel(
-    read_key, query, write_key, decay, solve, attend, v, initial, out, final, cu_seqlens,
+    read_key, query, write_key, decay, solve, attend, strengths, v, initial, out, final, states, written, cu_seqlens,
     v_stride_b, v_stride_t, v_stride_h, out_stride_b, out_stride_t, out_stride_h,
     initial_stride_n, initial_stride_h, initial_stride_k, initial_stride_v,
     final_stride_n, final_stride_h, final_stride_k, final_stride_v,
     T,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of one sequence and value head from chunk to chunk, BV columns of it; grid (V / BV, N * HV)."""
+    """The state of one sequence and value head from chunk to chunk, BV columns of it; grid (V / BV, N * HV).
+
+    To KEEP for gradients, in place of outputs: states [slots, HV, KP, V] before each chunk, and what it writes to
+    them without the factor beta, written [slots, HV, BT, V].
+    """
     n = (tl.program_id(1) // HV).to(tl.int64)
     head = (tl.program_id(1) % HV).to(tl.int64)
     first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
@@ -249,7 +281,8 @@ def scan_kernel(
         at += c[:, None] * initial_stride_k + column[None, :] * initial_stride_v
         state = tl.load(at, mask=in_state, other=0.0).to(tl.float32)
     v_head = v + batch * v_stride_b + head * v_stride_h + column[None, :]
-    out_head = out + batch * out_stride_b + head * out_stride_h + column[None, :]
+    if not KEEP:
+        out_head = out + batch * out_stride_b + head * out_stride_h + column[None, :]
     dtype = read_key.dtype.element_ty
     for start in tl.range(0, length, BT):
         place = (slot + start // BT) * HV + head
@@ -260,15 +293,268 @@ def scan_kernel(
         old = state.to(dtype)
         x = tl.load(v_head + token[:, None] * v_stride_t, mask=inside, other=0.0).to(tl.float32)
         x -= tl.dot(tl.load(read_key + tile), old, input_precision=PRECISION)
-        u = tl.dot(tl.load(solve + square), x.to(dtype), input_precision=PRECISION).to(dtype)
-        o = tl.dot(tl.load(query + tile), old, input_precision=PRECISION)
-        o += tl.dot(tl.load(attend + square), u, input_precision=PRECISION)
-        tl.store(out_head + token[:, None] * out_stride_t, o.to(out.dtype.element_ty), mask=inside)
+        u = tl.dot(tl.load(solve + square), x.to(dtype), input_precision=PRECISION)
+        if KEEP:
+            in_value = (column < V)[None, :]
+            tl.store(states + place * KP * V + c[:, None] * V + column[None, :], old, mask=in_value)
+            tl.store(
+                written + place * BT * V + row[:, None] * V + column[None, :], u.to(dtype), mask=in_value
+            )
+            u *= tl.load(strengths + place * BT + row)[:, None]
+        u = u.to(dtype)
+        if not KEEP:
+            o = tl.dot(tl.load(query + tile), old, input_precision=PRECISION)
+            o += tl.dot(tl.load(attend + square), u, input_precision=PRECISION)
+            tl.store(out_head + token[:, None] * out_stride_t, o.to(out.dtype.element_ty), mask=inside)
         state *= tl.exp2(tl.load(decay + place * KP + c))[:, None]
         state += tl.dot(tl.trans(tl.load(write_key + tile)), u, input_precision=PRECISION)
-    at = final + n * final_stride_n + head * final_stride_h
-    at += c[:, None] * final_stride_k + column[None, :] * final_stride_v
-    tl.store(at, state, mask=in_state)
+    if not KEEP:
+        at = final + n * final_stride_n + head * final_stride_h
+        at += c[:, None] * final_stride_k + column[None, :] * final_stride_v
+        tl.store(at, state, mask=in_state)
+
+
+@triton.jit
+def scan_back_kernel(
+    read_key, query, write_key, decay, solve_back, attend, strengths, d_out, d_final, d_initial,
+    dv, d_states, d_written, cu_seqlens,
+    d_out_stride_b, d_out_stride_t, d_out_stride_h, dv_stride_b, dv_stride_t, dv_stride_h,
+    d_final_stride_n, d_final_stride_h, d_final_stride_k, d_final_stride_v,
+    d_initial_stride_n, d_initial_stride_h, d_initial_stride_k, d_initial_stride_v,
+    T,
+    HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state from the last chunk to the first, BV columns of it; grid (V / BV, N * HV).
+
+    d_states [slots, HV, KP, V]: gradient of the state behind each chunk. d_written [slots, HV, BT, V]: gradient of what
+    the chunk writes, through all that it reaches; times beta it is dv.
+    """
+    n = (tl.program_id(1) // HV).to(tl.int64)
+    head = (tl.program_id(1) % HV).to(tl.int64)
+    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    slot = _first_slot(first, n, T, BT, PACKED)
+    batch = n * 0 if PACKED else n
+    row, c = tl.arange(0, BT), tl.arange(0, KP)
+    column = tl.program_id(0) * BV + tl.arange(0, BV)
+    in_value = (column < V)[None, :]
+    in_state = (c < K)[:, None] & in_value
+    at = d_final + n * d_final_stride_n + head * d_final_stride_h
+    at += c[:, None] * d_final_stride_k + column[None, :] * d_final_stride_v
+    d_state = tl.load(at, mask=in_state, other=0.0).to(tl.float32)
+    d_out_head = d_out + batch * d_out_stride_b + head * d_out_stride_h + column[None, :]
+    dv_head = dv + batch * dv_stride_b + head * dv_stride_h + column[None, :]
+    dtype = read_key.dtype.element_ty
+    chunks = (length + BT - 1) // BT
+    for turn in tl.range(0, chunks):
+        chunk = chunks - 1 - turn
+        place = (slot + chunk) * HV + head
+        tile = place * BT * KP + row[:, None] * KP + c[None, :]
+        square = place * BT * BT + row[:, None] * BT + row[None, :]
+        token = first + chunk * BT + row
+        inside = (chunk * BT + row < length)[:, None] & in_value
+        behind = d_state.to(dtype)
+        tl.store(d_states + place * KP * V + c[:, None] * V + column[None, :], behind, mask=in_value)
+        do = tl.load(d_out_head + token[:, None] * d_out_stride_t, mask=inside, other=0.0)
+        du = tl.dot(tl.trans(tl.load(attend + square)), do, input_precision=PRECISION)
+        du += tl.dot(tl.load(write_key + tile), behind, input_precision=PRECISION)
+        dw = tl.dot(tl.trans(tl.load(solve_back + square)), du.to(dtype), input_precision=PRECISION)
+        tl.store(d_written + place * BT * V + row[:, None] * V + column[None, :], dw.to(dtype), mask=in_value)
+        dx = dw * tl.load(strengths + place * BT + row)[:, None]
+        tl.store(dv_head + token[:, None] * dv_stride_t, dx.to(dv.dtype.element_ty), mask=inside)
+        d_state *= tl.exp2(tl.load(decay + place * KP + c))[:, None]
+        d_state += tl.dot(tl.trans(tl.load(query + tile)), do, input_precision=PRECISION)
+        d_state -= tl.dot(tl.trans(tl.load(read_key + tile)), dx.to(dtype), input_precision=PRECISION)
+    if HAS_INITIAL:
+        at = d_initial + n * d_initial_stride_n + head * d_initial_stride_h
+        at += c[:, None] * d_initial_stride_k + column[None, :] * d_initial_stride_v
+        tl.store(at, d_state, mask=in_state)
+
+
+@triton.jit
+def gradient_kernel(
+    q, k, g, beta, A_log, dt_bias, cu_seqlens, d_out, states, d_states, written, d_written, strengths,
+    dq_hat, dk_hat, dq, dk, dg, dbeta, d_rate, d_bias,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
+    g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
+    d_out_stride_b, d_out_stride_t, d_out_stride_h,
+    T, N, groups, width, value_width, scale, lower_bound, beta_scale,
+    HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr, HAS_RATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    L2NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk and value head, the states at its ends and their gradients given; grid (slots, HV).
+
+    The gradient of a log decay is a sum over the pairs of tokens around it, and over those only: terms that do not
+    contain the decay never enter, so nothing has to cancel, however small the result.
+
+    dq, dk, dg: contiguous [B, T, HV, K]; dbeta [B, T, HV]; dq_hat, dk_hat like dq, float32: gradients of the
+    normalised q and k on their way. d_rate [slots, HV] and d_bias [slots, HV, KP] float32: terms of the gradients of
+    A_log and dt_bias.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    n = _sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
+    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    start = (slot - _first_slot(first, n, T, BT, PACKED)) * BT
+    if start >= length:
+        return
+    batch = n * 0 if PACKED else n
+    row, column = tl.arange(0, BT), tl.arange(0, BT)[None, :]
+    token = first + start + row
+    live = start + row < length
+    followed = (row < BT - 1) & (start + row + 1 < length)
+    key_head = head // groups
+    q_row = q + batch * q_stride_b + token * q_stride_t + key_head.to(tl.int64) * q_stride_h
+    k_row = k + batch * k_stride_b + token * k_stride_t + key_head.to(tl.int64) * k_stride_h
+    g_row = g + batch * g_stride_b + token * g_stride_t + head.to(tl.int64) * g_stride_h
+    d_out_row = d_out + batch * d_out_stride_b + token * d_out_stride_t + head.to(tl.int64) * d_out_stride_h
+    grad_row = (batch * T + token) * HV + head
+    place = slot * HV + head
+    rate = 1.0
+    if HAS_RATE:
+        rate = tl.exp(tl.load(A_log + head).to(tl.float32))
+    q_norm = tl.full([BT], 1.0, tl.float32)
+    k_norm = tl.full([BT], 1.0, tl.float32)
+    if L2NORM:
+        q_norm, k_norm = _norms(q_row, k_row, live, width, K, BT, BK)
+
+    # Gradients of the two triangular matrices; of beta on the diagonal of one.
+    strength = tl.load(strengths + place * BT + row)
+    dP = tl.zeros([BT, BT], tl.float32)
+    dA = tl.zeros([BT, BT], tl.float32)
+    value_tile = place * BT * V + row[:, None] * V
+    for block in tl.range(0, value_width, BV):
+        b = block + tl.arange(0, BV)
+        in_block = (b < V)[None, :]
+        w = tl.trans(tl.load(written + value_tile + b[None, :], mask=in_block, other=0.0))
+        do = tl.load(d_out_row[:, None] + b[None, :], mask=live[:, None] & in_block, other=0.0)
+        dP += tl.dot(do, w, input_precision=PRECISION)
+        dw = tl.load(d_written + value_tile + b[None, :], mask=in_block, other=0.0)
+        dA += tl.dot(dw, w, input_precision=PRECISION)
+    d_strength = tl.sum(tl.where(row[:, None] == column, dA, 0.0), axis=1) * beta_scale
+    if SIGMOID:
+        at = beta + batch * beta_stride_b + token * beta_stride_t + head.to(tl.int64) * beta_stride_h
+        sigmoid = tl.sigmoid(tl.load(at, mask=live, other=0.0).to(tl.float32))
+        d_strength *= sigmoid * (1.0 - sigmoid)
+    tl.store(dbeta + grad_row, d_strength.to(dbeta.dtype.element_ty), mask=live)
+    dP = tl.where(row[:, None] >= column, dP * strength[None, :], 0.0)
+    own = tl.sum(tl.where(row[:, None] == column, dP, 0.0), axis=1)
+    dA = tl.where(row[:, None] > column, -dA * strength[:, None] * strength[None, :], 0.0)
+    dA += tl.trans(dA)
+
+    q_along = tl.zeros([BT], tl.float32)
+    k_along = tl.zeros([BT], tl.float32)
+    rate_sum = tl.zeros([BT], tl.float32)
+    for channel in tl.range(0, width, BK):
+        c = channel + tl.arange(0, BK)
+        inside = live[:, None] & (c < K)[None, :]
+        bias = tl.zeros([1, BK], tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(dt_bias + head * K + c, mask=c < K, other=0.0).to(tl.float32)[None, :]
+        x, y, step, after = _channels(
+            q_row, k_row, g_row, g_stride_t, bias, c, live, followed, q_norm * scale, k_norm, rate, lower_bound,
+            K, GATE,
+        )  # fmt: skip
+
+        # Through the states: reads of the one before the chunk, writes to the one behind it.
+        d_read_query = tl.zeros([BT, BK], tl.float32)
+        d_read_key = tl.zeros([BT, BK], tl.float32)
+        d_write_key = tl.zeros([BT, BK], tl.float32)
+        through = tl.zeros([BK], tl.float32)
+        for block in tl.range(0, value_width, BV):
+            b = block + tl.arange(0, BV)
+            in_block = (b < V)[None, :]
+            state_tile = place * KP * V + c[:, None] * V + b[None, :]
+            S = tl.load(states + state_tile, mask=in_block, other=0.0)
+            dS = tl.load(d_states + state_tile, mask=in_block, other=0.0)
+            through += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+            do = tl.load(d_out_row[:, None] + b[None, :], mask=live[:, None] & in_block, other=0.0)
+            dw = tl.load(d_written + value_tile + b[None, :], mask=in_block, other=0.0)
+            w = tl.load(written + value_tile + b[None, :], mask=in_block, other=0.0)
+            d_read_query += tl.dot(do, tl.trans(S), input_precision=PRECISION)
+            d_read_key -= tl.dot(dw, tl.trans(S), input_precision=PRECISION)
+            d_write_key += tl.dot(w, tl.trans(dS), input_precision=PRECISION)
+        grown = tl.exp2(tl.cumsum(step, axis=0))
+        dx = d_read_query * grown
+        dy = d_read_key * grown * strength[:, None]
+        through *= tl.exp2(tl.sum(step, axis=0))
+        since = tl.where(row[:, None] <= column, 1.0, 0.0)
+        d_step = tl.dot(since, x * dx + y * dy, input_precision=PRECISION) + through[None, :]
+        d_write_key *= tl.exp2(tl.cumsum(after, axis=0, reverse=True)) * strength[:, None]
+        until = tl.where(row[:, None] > column, 1.0, 0.0)
+        d_step += tl.dot(until, y * d_write_key, input_precision=PRECISION)
+        dy += d_write_key
+
+        # Between the tokens of the chunk: a level has the pairs of the two halves of its blocks.
+        dx += own[:, None] * y
+        dy += own[:, None] * x
+        # Always so; what does not depend on the loop would be kept for it, a matrix for each level.
+        in_loop = channel < width
+        for level in tl.static_range(0, LEVELS):
+            weight = _half_decays(step, after, BT, BK, 2**level)
+            key = y * weight
+            pairs = _across(tl.where(in_loop, dP, 0.0), BT, 2**level)
+            level_dx = weight * tl.dot(pairs, key, input_precision=PRECISION)
+            level_dy = tl.dot(tl.trans(pairs), x * weight, input_precision=PRECISION)
+            pairs = _across(tl.where(in_loop, dA, 0.0), BT, 2**level, True)
+            level_dy += tl.dot(pairs, key, input_precision=PRECISION)
+            level_dy *= weight
+            half, own_half = row[:, None] // (2**level), column // (2**level)
+            upper = half % 2 == 1
+            around = (half == own_half) & (
+                (upper & (row[:, None] <= column)) | (~upper & (row[:, None] > column))
+            )
+            d_step += tl.dot(
+                tl.where(around, 1.0, 0.0), x * level_dx + y * level_dy, input_precision=PRECISION
+            )
+            dx += level_dx
+            dy += level_dy
+
+        grad = grad_row[:, None] * K + c[None, :]
+        if L2NORM:
+            q_along += tl.sum(x * dx, axis=1)
+            k_along += tl.sum(y * dy, axis=1)
+            tl.store(dq_hat + grad, scale * dx, mask=inside)
+            tl.store(dk_hat + grad, dy, mask=inside)
+        else:
+            tl.store(dq + grad, (scale * dx).to(dq.dtype.element_ty), mask=inside)
+            tl.store(dk + grad, dy.to(dk.dtype.element_ty), mask=inside)
+        if GATE != 0:
+            raw = tl.load(g_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            z = raw + bias
+            if GATE == 1:
+                rate_sum += tl.sum(tl.where(inside, d_step * step, 0.0), axis=1) / LOG2E
+                d_step *= -rate * tl.sigmoid(z)
+            else:
+                opened = tl.sigmoid(rate * z)
+                d_step *= lower_bound * rate * opened * (1.0 - opened)
+                rate_sum += tl.sum(tl.where(inside, d_step * z, 0.0), axis=1)
+            if HAS_BIAS:
+                tl.store(d_bias + place * KP + c, tl.sum(tl.where(inside, d_step, 0.0), axis=0))
+        tl.store(dg + grad, d_step.to(dg.dtype.element_ty), mask=inside)
+    if HAS_RATE:
+        tl.store(d_rate + place, tl.sum(rate_sum, axis=0))
+    if L2NORM:
+        tl.debug_barrier()  # all of dq_hat and dk_hat are there
+        for channel in tl.range(0, width, BK):
+            c = channel + tl.arange(0, BK)
+            inside = live[:, None] & (c < K)[None, :]
+            grad = grad_row[:, None] * K + c[None, :]
+            x = tl.load(q_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32) * q_norm[:, None]
+            dx = tl.load(dq_hat + grad, mask=inside, other=0.0)
+            tl.store(
+                dq + grad,
+                ((dx - x * q_along[:, None]) * q_norm[:, None]).to(dq.dtype.element_ty),
+                mask=inside,
+            )
+            y = tl.load(k_row[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32) * k_norm[:, None]
+            dy = tl.load(dk_hat + grad, mask=inside, other=0.0)
+            tl.store(
+                dk + grad,
+                ((dy - y * k_along[:, None]) * k_norm[:, None]).to(dk.dtype.element_ty),
+                mask=inside,
+            )
 
 
 @triton.jit
@@ -492,6 +778,18 @@ def scan_config(K: int, V: int, wide: bool) -> Config:
     return Config({**constants, "PRECISION": precision(wide)}, 8 if wide else 4, 1 if wide or K > 128 else 2)
 
 
+def scan_back_config(K: int, V: int, wide: bool) -> Config:
+    return scan_config(K, V, wide)
+
+
+def gradient_config(K: int, V: int, wide: bool) -> Config:
+    """The one kernel that spills (0.4 to 2 KB a thread on sm_90): the gradients of both triangular matrices stay in
+    registers through all levels and channels. The other way is to write them to memory and read them back per level."""
+    config = prepare_config(K, wide)
+    constants = {name: config.constants[name] for name in ("K", "KP", "BK", "BT", "LEVELS", "PRECISION")}
+    return config._replace(constants={**constants, "V": V, "BV": min(16 if wide else 32, power_of_two(V))})
+
+
 def recurrent_config(K: int, V: int) -> Config:
     return Config(
         {"K": K, "KP": power_of_two(K), "V": V, "BV": min(16, power_of_two(V))}, 4 if K > 64 else 1, 1
@@ -521,6 +819,10 @@ def _strides(**axes: str) -> dict[str, str]:
     return {f"{name}_stride_{axis}": "i32" for name, letters in axes.items() for axis in letters}
 
 
+def _states(*names: str) -> dict[str, str]:
+    return {**dict.fromkeys(names, "*fp32"), **_strides(**dict.fromkeys(names, "nhkv"))}
+
+
 def aot_variants() -> list[Variant]:
     """The kernels as Kimi's models run them, and at the ends of the range of head sizes."""
     gate = {"GATE": GATE_LOWER_BOUND, "HAS_RATE": True, "HAS_BIAS": True, "L2NORM": True, "SIGMOID": True}
@@ -528,38 +830,64 @@ def aot_variants() -> list[Variant]:
     floats = dict.fromkeys(("scale", "lower_bound", "beta_scale"), "fp32")
     parameters = {"A_log": "*fp32", "dt_bias": "*fp32", "cu_seqlens": "*i32"}
     variants = []
+
+    def add(
+        name: str,
+        kernel: Any,
+        types: dict[str, str],
+        config: Config,
+        more: dict[str, Any],
+        backward: bool = False,
+    ) -> None:
+        signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+        config = config._replace(constants={**config.constants, **more})
+        variants.append(Variant(name, kernel, signature, config, backward))
+
     for K, V, wide in ((64, 64, False), (128, 128, False), (256, 256, False), (128, 128, True)):
         x = "*fp32" if wide else "*bf16"
         common = {"HV": 32, "PACKED": True}
-        pairs = dict.fromkeys(("read_key", "query", "write_key", "solve", "attend"), x)
-        config = prepare_config(K, wide)
         inputs = dict.fromkeys(("q", "k", "g", "beta"), x)
-        signature = {
+        pairs = dict.fromkeys(("read_key", "query", "write_key", "solve", "solve_back", "attend"), x)
+        pairs |= {"decay": "*fp32", "strengths": "*fp32"}
+        ends = {"v": x, "out": x, **_strides(v="bth", out="bth"), **_states("initial", "final"), "T": "i32"}
+        chunks = {
             **inputs,
             **parameters,
             **pairs,
-            "decay": "*fp32",
             **tokens,
             **floats,
             **_integers("T", "N", "groups", "width"),
         }
-        for name, kind in (("prepare", GATE_LOWER_BOUND), ("prepare_softplus", GATE_SOFTPLUS)):
-            constants = {**config.constants, **common, **gate, "GATE": kind}
-            variants.append(
-                Variant(f"kda_{name}", prepare_kernel, signature, config._replace(constants=constants))
+        scan = {**pairs, **ends, **dict.fromkeys(("states", "written"), x), "cu_seqlens": "*i32"}
+        for suffix, kept in (("", {"KEEP": False}), ("_kept", {"KEEP": True})):
+            for kind, constant in (("", GATE_LOWER_BOUND), ("_softplus", GATE_SOFTPLUS)):
+                constants = {**common, **gate, **kept, "GATE": constant}
+                add(f"kda_prepare{kind}{suffix}", prepare_kernel, chunks, prepare_config(K, wide), constants)
+            constants = {**common, **kept, "HAS_INITIAL": True}
+            add(f"kda_scan{suffix}", scan_kernel, scan, scan_config(K, V, wide), constants)
+        grads = {
+            **dict.fromkeys(("d_out", "dv", "d_states", "d_written"), x),
+            **_strides(d_out="bth", dv="bth"),
+        }
+        back = {**pairs, **grads, **_states("d_initial", "d_final"), "cu_seqlens": "*i32", "T": "i32"}
+        constants = {**common, "HAS_INITIAL": True}
+        add("kda_scan_back", scan_back_kernel, back, scan_back_config(K, V, wide), constants, backward=True)
+        back = {**chunks, **grads, **dict.fromkeys(("states", "written", "dq", "dk", "dg", "dbeta"), x)}
+        back |= {**dict.fromkeys(("dq_hat", "dk_hat", "d_rate", "d_bias"), "*fp32"), "value_width": "i32"}
+        for kind, constant in (("", GATE_LOWER_BOUND), ("_softplus", GATE_SOFTPLUS)):
+            constants = {**common, **gate, "GATE": constant}
+            add(
+                f"kda_gradient{kind}",
+                gradient_kernel,
+                back,
+                gradient_config(K, V, wide),
+                constants,
+                backward=True,
             )
-        config = scan_config(K, V, wide)
-        states = {"initial": "*fp32", "final": "*fp32", **_strides(initial="nhkv", final="nhkv")}
-        ends = {"v": x, "out": x, **_strides(v="bth", out="bth"), **states}
-        signature = {**pairs, "decay": "*fp32", "cu_seqlens": "*i32", **ends, "T": "i32"}
-        config = config._replace(constants={**config.constants, **common, "HAS_INITIAL": True})
-        variants.append(Variant("kda_scan", scan_kernel, signature, config))
-        config = recurrent_config(K, V)
-        signature = {**inputs, **parameters, **tokens, **ends, **floats, **_integers("T", "groups")}
-        config = config._replace(constants={**config.constants, **common, **gate, "HAS_INITIAL": True})
-        variants.append(Variant("kda_recurrent", recurrent_kernel, signature, config))
+        signature = {**inputs, **parameters, **tokens, **ends, **floats, "groups": "i32"}
+        constants = {**common, **gate, "HAS_INITIAL": True}
+        add("kda_recurrent", recurrent_kernel, signature, recurrent_config(K, V), constants)
     for K, V in ((64, 64), (128, 128), (256, 256)):
-        config = decode_config(K, V)
         inputs = dict.fromkeys(("qkv", "g", "beta", "gate", "conv_weight", "conv_state", "out"), "*bf16")
         fixed = dict.fromkeys(("state", "A_log", "dt_bias", "norm_weight", "raw_out"), "*fp32")
         offsets = dict.fromkeys(("state_indices", "cu_seqlens", "num_accepted"), "*i32")
@@ -574,6 +902,5 @@ def aot_variants() -> list[Variant]:
         layer = {"H": 32, "GROUPS": 1, "W": 4, "GATE": GATE_LOWER_BOUND, "HAS_BIAS": True}
         for name, many in (("kda_decode", False), ("kda_decode_speculative", True)):
             layer |= {"COLUMNS": 4 if many else 1, "PACKED": many, "SPECULATIVE": many}
-            constants = {**config.constants, **layer}
-            variants.append(Variant(name, decode_kernel, signature, config._replace(constants=constants)))
+            add(name, decode_kernel, signature, decode_config(K, V), dict(layer))
     return variants
