@@ -250,6 +250,7 @@ class Replay:
             client = SeerClient(
                 config=config(self.setup), load_balancer_handle=router, stop_ids=frozenset({STOP})
             )
+        ray.get(router.__ray_ready__.remote())  # an actor takes seconds to start: no part of the rollout
         finished: dict[int, float] = {}
 
         async def one(number: int, sample: Sample) -> None:
