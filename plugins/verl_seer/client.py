@@ -115,7 +115,7 @@ class SeerClient(LLMServerClient):
         seed: int | None,
         kwargs: dict[str, Any],
     ) -> Parts:
-        parts, lives = Parts(), 0
+        parts, lives, lost = Parts(), 0, False
         for attempt in itertools.count():
             grant: Grant = await self._load_balancer.next_chunk.remote(own)
             chunk_id = chunk_name(own, lives, len(parts.tokens), attempt, grant.probe)
@@ -132,7 +132,7 @@ class SeerClient(LLMServerClient):
                     raise
                 logger.warning("Seer: chunk %s was lost with its server: %s", chunk_id, type(error).__name__)
                 await self._load_balancer.server_lost.remote(grant.server_id)
-                lives += 1
+                lives, lost = lives + 1, True
                 continue
             finally:
                 self._granted.pop(chunk_id, None)
@@ -150,6 +150,8 @@ class SeerClient(LLMServerClient):
                 continue  # the server was removed meanwhile and the chunk is granted anew
             parts.add(output)
             if done:
+                if lost:
+                    await self._load_balancer.restarts.remote()
                 return parts
         raise AssertionError("unreachable")
 
@@ -188,6 +190,15 @@ def kv_capacity(server: Any) -> int:
     if tokens < 1:
         raise RuntimeError("a server reports no KV memory: set seer.kv_tokens")
     return tokens
+
+
+def weights_step(server: Any) -> int | None:
+    """The step whose weights a server got last; None if it got none since it was started (again)."""
+    return ray.get(server.__ray_call__.remote(_global_steps))
+
+
+def _global_steps(actor: Any) -> int | None:
+    return actor.global_steps
 
 
 def _engine_kv_tokens(actor: Any) -> int:

@@ -52,6 +52,11 @@ CPU_HOOKS: tuple[Hook, ...] = (
     Hook("verl.plugin.platform.platform_base:PlatformBase", (), "the platform"),
     Hook("verl.workers.engine.base:EngineRegistry.get_engine_cls", (), "VERL_ENGINE_DEVICE"),
 )
+_VLLM_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer"
+SERVER_HOOKS: tuple[Hook, ...] = (  # not looked at in a running trainer: the module imports vLLM
+    Hook(f"{_VLLM_SERVER}.launch_server", (), "starting a lost server again"),
+    Hook(f"{_VLLM_SERVER}.set_global_steps", ("global_steps",), "starting a lost server again"),
+)
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 VLLM_HOOKS: tuple[Hook, ...] = (
     Hook("vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer", (), "drafting"),
@@ -97,7 +102,7 @@ def problems(source: Source | None = None) -> list[str]:
         if folder is None:
             return ["verl is not installed"]
         source = TreeSource(folder)
-    return missing(HOOKS + CPU_HOOKS, source)
+    return missing(HOOKS + CPU_HOOKS + SERVER_HOOKS, source)
 
 
 def vllm_problems(source: Source | None = None) -> list[str]:

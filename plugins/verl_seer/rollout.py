@@ -17,7 +17,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from verl_seer import compat
 from verl_seer.chunks import stop_token_ids
-from verl_seer.client import Origin, SeerClient, kv_capacity, origin
+from verl_seer.client import Origin, SeerClient, kv_capacity, origin, weights_step
 from verl_seer.drafter import CONTROL
 from verl_seer.drafting.engine import DraftCounts
 from verl_seer.drafting.link import DraftService
@@ -83,7 +83,8 @@ class SeerAgentLoopManager(AgentLoopManagerTQ):
         options = SeerOptions.of(config)
         _check(config, llm_client, options)
         _configure(config, llm_client._load_balancer, options)
-        self._drafts = _start_drafting(config, llm_client._load_balancer) if options.drafting else None
+        self._router = llm_client._load_balancer
+        self._drafts = _start_drafting(config, self._router) if options.drafting else None
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         stops = stop_token_ids(
             getattr(model.tokenizer, "eos_token_id", None),
@@ -99,7 +100,15 @@ class SeerAgentLoopManager(AgentLoopManagerTQ):
         self.agent_loop_workers_class = ray.remote(SeerAgentLoopWorker)
 
     def generate_sequences(self, prompts: Any) -> None:
-        """As verl's. A rollout starts with empty drafts: the weights have changed since the last one."""
+        """As verl's. A rollout starts with empty drafts: the weights have changed since the last one.
+
+        Servers that were lost and run again take part from here on, if they have got weights meanwhile.
+        """
+        for server_id, server in ray.get(self._router.restarted.remote()).items():
+            if weights_step(server) is not None:
+                if self._drafts is not None:
+                    _connect(server, self._drafts)
+                ray.get(self._router.add_servers.remote({server_id: server}))
         if self._drafts is not None:
             try:
                 print(_said(ray.get(self._drafts.stats.remote())), flush=True)
@@ -138,11 +147,16 @@ def _start_drafting(config: Any, router: Any) -> Any:
             "rollout.mtp use for something else: drop those, or set seer.drafting=false"
         )
     drafts = DraftActor.options(num_cpus=0).remote()
-    address = ray.get(drafts.address.remote())
-    servers = ray.get(router.handles.remote()).values()
-    ray.get([server.collective_rpc.remote(CONTROL, args=("connect", address)) for server in servers])
-    logger.warning("Seer drafts: server at %s", address)
+    for server in ray.get(router.handles.remote()).values():
+        _connect(server, drafts)
+    logger.warning("Seer drafts: server at %s", ray.get(drafts.address.remote()))
     return drafts
+
+
+def _connect(server: Any, drafts: Any) -> None:
+    """Tells an engine where the draft server is."""
+    address = ray.get(drafts.address.remote())
+    ray.get(server.collective_rpc.remote(CONTROL, args=("connect", address)))
 
 
 def _check(config: Any, llm_client: Any, options: SeerOptions) -> None:

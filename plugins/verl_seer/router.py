@@ -19,6 +19,8 @@ from verl_seer.state import Instance, Request
 
 logger = logging.getLogger("verl.seer")
 
+RESTART_SECONDS = 1800.0  # longer than any engine takes to load its model
+
 
 @dataclass(frozen=True)
 class Grant:
@@ -67,6 +69,8 @@ class SeerRouter:
         self._scheduler = Scheduler(self._config)
         self._grants: dict[str, asyncio.Future[Grant]] = {}
         self._cancelled: set[str] = set()
+        self._restarts: set[asyncio.Task[None]] = set()
+        self._restarted: dict[str, Any] = {}
         self._counts = Counts()
         self._last = Counts()
         self._status: StatusFile | None = None
@@ -152,10 +156,47 @@ class SeerRouter:
         self._dispatch()
 
     async def server_lost(self, server_id: str) -> None:
-        """A server has died: its chunks go back to the buffer as they were. The second report changes nothing."""
+        """A server has died: its chunks go back to the buffer as they were, and it is started again.
+
+        The second report changes nothing.
+        """
         if server_id in self._servers:
             logger.error("Seer: server %s is lost, its chunks run elsewhere", server_id)
+            restart = asyncio.create_task(self._restart(server_id, self._servers[server_id]))
+            self._restarts.add(restart)
+            restart.add_done_callback(self._restarts.discard)
             self.remove_servers([server_id])
+
+    async def restarts(self) -> None:
+        """Returns once no server is being started again.
+
+        Who lost a chunk waits for this before it hands over its response: the rollout ends with it, and verl's
+        weight update, which follows, waits without an end for a server that does not run.
+        """
+        while self._restarts:
+            await asyncio.wait(self._restarts)
+
+    def restarted(self) -> dict[str, Any]:
+        """Server id -> handle of those that run again but have not got the weights yet, or were not told of here.
+
+        Their engines hold what they loaded at their start, so they get no chunk before `add_servers`.
+        """
+        return dict(self._restarted)
+
+    async def _restart(self, server_id: str, handle: Any) -> None:
+        try:
+            await handle.set_global_steps.remote(None)  # a weight update sets it: see `rollout`
+            await asyncio.wait_for(handle.launch_server.remote(), RESTART_SECONDS)
+        except Exception as error:
+            logger.error(
+                "Seer: server %s cannot be started again (%s). verl's next weight update waits for it without an end: "
+                "stop the run and resume from its last checkpoint",
+                server_id,
+                (str(error) or type(error).__name__).strip().splitlines()[-1],
+            )
+            return
+        self._restarted[server_id] = handle
+        print(f"Seer: server {server_id} runs again and takes part once it has new weights", flush=True)
 
     def handles(self) -> dict[str, Any]:
         """Server id -> handle."""
@@ -255,6 +296,7 @@ class SeerRouter:
     def add_servers(self, servers: Mapping[str, Any]) -> None:
         """New servers get the capacity of the smallest known one."""
         for server_id, handle in servers.items():
+            self._restarted.pop(server_id, None)
             fresh = server_id not in self._servers
             self._servers[server_id] = handle
             self._plain.setdefault(server_id, 0)

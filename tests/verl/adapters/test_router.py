@@ -202,3 +202,58 @@ def test_bad_options_are_named(given, said):
 def test_options_have_defaults():
     assert SeerOptions.of({}) == SeerOptions()
     assert SeerOptions.of({"seer": {"chunk_size": 64}}).scheduler()["chunk_size"] == 64
+
+
+class Engine:
+    """What a router needs of a server that starts again, and when it may."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.gate, self.fails, self.calls = asyncio.Event(), fails, []
+        self.launch_server = self.set_global_steps = self
+
+    def remote(self, *args):
+        self.calls.append(args)
+        return self._launch() if not args else asyncio.sleep(0)
+
+    async def _launch(self):
+        await self.gate.wait()
+        if self.fails:
+            raise OSError("no memory")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_lost_server_starts_again_but_gets_no_chunk_before_it_is_added(fails, caplog):
+    async def rollout():
+        engine = Engine(fails)
+        r = SeerRouter({"a": engine, "b": "handle b"}, {"router_class": "x"})
+        await r.configure({"chunk_size": 8}, {"a": BIG, "b": BIG})
+        await r.server_lost("a")
+        await r.server_lost("a")
+        waiting = asyncio.create_task(r.restarts())
+        await asyncio.sleep(0.01)
+        assert not waiting.done() and r.restarted() == {}
+        engine.gate.set()
+        await waiting
+        assert engine.calls == [(None,), ()], "its weights are unknown, then it starts, both once"
+        assert r.get_all_servers() == ["b"]
+        log: list[tuple[str, str, int]] = []
+        assert await respond(r, "x", "g", 20, 20, log) == 20
+        assert {server for _, server, _ in log} == {"b"}
+        if fails:
+            assert r.restarted() == {}
+            assert "cannot be started again (no memory)" in caplog.text
+            return
+        assert r.restarted() == {"a": engine}
+        r.add_servers(r.restarted())
+        assert r.restarted() == {}
+        await asyncio.gather(*(respond(r, f"y{i}", f"h{i}", 20, 20, log) for i in range(4)))
+        assert {server for _, server, _ in log} == {"a", "b"}
+
+    run(rollout())
+
+
+def test_restarts_ends_at_once_where_nothing_was_lost():
+    async def rollout():
+        await (await router()).restarts()
+
+    run(rollout())
