@@ -10,6 +10,7 @@ import numpy as np
 from verl_seer.simulate.costs import StepModel
 
 _FASTEST = 1e9  # tokens per second where the steps show no cost at all
+_ROUNDS = 8  # of fits that weigh by the one before; the third changes little
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,12 @@ class Step:
 
 
 def fit_steps(steps: Sequence[Step]) -> StepModel:
-    """The step model with the least squared relative error over `steps`, its terms not negative.
+    """The step model with the least squared error over `steps`, relative to what it says, its terms not negative.
 
-    A first fit over all steps says which took more than three times as long as they should: something else ran on
-    the machine. The second fit is without those. What prefill or a transfer costs beside a decoding step is taken to
-    be proportional to its tokens.
+    A first fit over all steps, relative to what was measured, says which took more than three times as long as they
+    should: something else ran on the machine. Relative to the measured times slow steps count for little, so this fit
+    is too low where times scatter; the others, without those steps, are relative to the fit before and have the right
+    mean. What prefill or a transfer costs beside a decoding step is taken to be proportional to its tokens.
 
     Raises:
         ValueError: fewer than 20 steps, or the steps say nothing of the cost of decoding.
@@ -49,9 +51,12 @@ def fit_steps(steps: Sequence[Step]) -> StepModel:
     terms = np.array(
         [[1.0, s.requests, s.prefill_tokens, s.transferred_tokens, s.kv_tokens] for s in steps], float
     )
-    first = _not_negative(terms, seconds)
-    quiet = seconds <= 3 * terms @ first
-    fixed, per_request, prefill, transfer, per_kv = _not_negative(terms[quiet], seconds[quiet])
+    weights = _not_negative(terms, seconds, seconds)
+    quiet = seconds <= 3 * terms @ weights
+    terms, seconds = terms[quiet], seconds[quiet]
+    for _ in range(_ROUNDS):
+        weights = _not_negative(terms, seconds, terms @ weights)
+    fixed, per_request, prefill, transfer, per_kv = weights
     if fixed <= 0:
         raise ValueError("the steps have no fixed cost: measure steps of different sizes")
     return StepModel(
@@ -65,14 +70,17 @@ def fit_steps(steps: Sequence[Step]) -> StepModel:
     )
 
 
-def _not_negative(terms: np.ndarray, seconds: np.ndarray) -> list[float]:
-    """Weights that are not negative; a term whose weight would be is left out, the worst first."""
-    relative = terms / seconds[:, None]
+def _not_negative(terms: np.ndarray, seconds: np.ndarray, unit: np.ndarray) -> list[float]:
+    """Weights that are not negative, of the least squared error in units of `unit`.
+
+    A term whose weight would be negative is left out, the worst first.
+    """
+    relative, wanted = terms / unit[:, None], seconds / unit
     scale = np.abs(relative).max(axis=0)
     active = [i for i in range(terms.shape[1]) if scale[i] > 0]
     weights = np.zeros(terms.shape[1])
     while active:
-        found = np.linalg.lstsq(relative[:, active] / scale[active], np.ones(len(seconds)), rcond=None)[0]
+        found = np.linalg.lstsq(relative[:, active] / scale[active], wanted, rcond=None)[0]
         if (found >= 0).all():
             weights[active] = found / scale[active]
             break
