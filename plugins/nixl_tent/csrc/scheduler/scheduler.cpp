@@ -55,6 +55,12 @@ std::optional<Choice> Scheduler::next(std::span<const LinkLoad> links, double ba
   size_t usable = 0;
   for (const LinkLoad& link : links)
     if (admitted(link, best)) all_rate += link.rate, all_outstanding += link.outstanding, ++usable;
+  const auto time_on = [&](const LinkLoad& link) {
+    return predicted(link, std::min(slice_bytes(link, backlog, usable), backlog));
+  };
+  double earliest = std::numeric_limits<double>::infinity();
+  for (const LinkLoad& link : links)
+    if (admitted(link, best)) earliest = std::min(earliest, time_on(link));
 
   std::optional<Choice> choice;
   double lowest = std::numeric_limits<double>::infinity();
@@ -62,10 +68,12 @@ std::optional<Choice> Scheduler::next(std::span<const LinkLoad> links, double ba
     const LinkLoad& link = links[i];
     if (!admitted(link, best) || !has_room(policy_, link)) continue;
     const double bytes = slice_bytes(link, backlog, usable);
-    const double time = predicted(link, std::min(bytes, backlog));
-    // Would the others be through with everything before this link is with one slice? Then it is theirs.
+    const double time = time_on(link);
+    // Would the others be through with everything before this link is with one slice? Then it is theirs. They are not
+    // through before the first of them is with a slice of its own, however many there are to share the rest.
     const double others = all_rate - link.rate;
-    if (usable > 1 && link.measured && others > 0 && time > (backlog + all_outstanding - link.outstanding) / others)
+    if (usable > 1 && link.measured && others > 0 &&
+        time > std::max(earliest, (backlog + all_outstanding - link.outstanding) / others))
       continue;
     if (const double score = time * penalty(link); score < lowest) {
       lowest = score;

@@ -197,6 +197,12 @@ void scheduling() {
   links[1].usable = false;
   EXPECT(scheduler.next(links, 1e6)->link == 0);
 
+  // Idle links of one rate: each could leave the little there is to all the others together, but one must take it.
+  for (const size_t count : {2, 3, 8, 64}) {
+    const std::vector<tent::LinkLoad> equal(count, {.usable = true, .rate = 1e9, .measured = true});
+    for (const double backlog : {1.0, 64.0, 16384.0, 65536.0, 1e6}) EXPECT(scheduler.next(equal, backlog).has_value());
+  }
+
   // Hedging: only where the copy promises to be clearly earlier.
   std::vector<tent::LinkLoad> pair(2, {true, 0, 1e8, true, 0, 0, 1e-4, 0});
   EXPECT(!scheduler.hedge(pair, 0, 1e5, 1e5));
