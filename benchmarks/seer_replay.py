@@ -12,8 +12,9 @@ say nothing that could be drafted (see benchmarks.seer_engine).
 * seer: the same with Algorithm 2.
 * seer without pool: a chunk that moves, or whose blocks were given away, is computed again.
 
-Repeats are interleaved. Then the simulator's instance model is fitted to the steps of the first configuration and has
-to predict the makespans of two others (other lengths, prompts, memory and batch), which are measured after that.
+Repeats are interleaved. Then the simulator's instance model is fitted to the steps of the first configuration, the time
+that handing over a chunk takes to its divided makespans, and both have to predict the makespans of two others (other
+lengths, prompts, memory and batch), which are measured after that.
 Needs verl 0.9.1, vLLM 0.32, Ray and the installed plugins (the session `verl` of the noxfile).
 """
 
@@ -36,7 +37,7 @@ from typing import Any
 from benchmarks.common import Ratio, paired_ratio, print_result, table
 from verl_seer.scheduler import SchedulerConfig
 from verl_seer.simulate.costs import StepModel
-from verl_seer.simulate.fit import Step, fit_steps
+from verl_seer.simulate.fit import Step, fit_handover, fit_steps
 from verl_seer.simulate.rollout import Divided, Whole, simulate
 from verl_seer.simulate.workload import Cluster, Sample, Workload, synthesize
 
@@ -61,8 +62,8 @@ class Setup:
     running: int
     seed: int
 
-    def cluster(self, costs: StepModel) -> Cluster:
-        return Cluster(SERVERS, self.kv, self.running, costs, kv_bytes=1)
+    def cluster(self, costs: StepModel, handover: float = 0.0) -> Cluster:
+        return Cluster(SERVERS, self.kv, self.running, costs, kv_bytes=1, handover=handover)
 
     def samples(self) -> list[Sample]:
         nothing = StepModel(1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)
@@ -86,9 +87,14 @@ POLICIES = ("stock", "divided", "seer", "seer without pool")
 POOLED = ("divided", "seer")
 
 
-def prompt_of(group: int, length: int) -> list[int]:
-    """The prompt of a group: like no other's from its first block on."""
-    return [3 + (group * 7919 + i * i * 31 + i) % (VOCABULARY - 3) for i in range(length)]
+def prompt_of(group: int, sibling: int, length: int) -> list[int]:
+    """The prompt of a group: like no other's from its first block on.
+
+    Its last token is the sibling's own. Else all of a group would be the same text, as nothing is sampled, and vLLM
+    would keep their blocks only once: divided responses alone gain by that, since they come back as prompts.
+    """
+    prompt = [3 + (group * 7919 + i * i * 31 + i) % (VOCABULARY - 3) for i in range(length - 1)]
+    return [*prompt, 3 + sibling]
 
 
 class Server:
@@ -258,7 +264,7 @@ class Replay:
             origin.set(Origin(sample.group, number))
             output = await client.generate(
                 f"{sample.group}:{number}:r" if policy == "stock" else "r",
-                prompt_ids=prompt_of(group, self.setup.prompt),
+                prompt_ids=prompt_of(group, number % self.setup.group, self.setup.prompt),
                 sampling_params={"temperature": 0, "max_tokens": sample.max_tokens},
             )
             finished[number] = time.monotonic() - start
@@ -273,10 +279,10 @@ class Replay:
         counts = ray.get([s.counts.remote() for s in servers.values()])
         times = sorted(finished.values())
         tail = times[-1] - times[-(len(times) // 10) - 1]
-        # What any schedule computes: each group's prompt once, and each token that is followed by another.
-        least = sum(s.tokens - 1 for s in self.samples) + self.setup.prompt * len(
-            {s.group for s in self.samples}
-        )
+        # What any schedule computes: full blocks of a group's prompt once, and each token that is followed by another.
+        shared = (self.setup.prompt - 1) // BLOCK * BLOCK
+        groups = len({s.group for s in self.samples})
+        least = sum(s.tokens - 1 + self.setup.prompt - shared for s in self.samples) + shared * groups
         told = {} if policy == "stock" else ray.get(router.last_rollout.remote())
         ray.kill(router)
         return {
@@ -324,11 +330,11 @@ def steps_of(rows: Sequence[Sequence[float]]) -> list[Step]:
     return [Step(between + r[1], int(r[2]), int(r[3]), int(r[4]), r[5]) for r in rows]
 
 
-def predict(setup: Setup, costs: StepModel, policy: str) -> float:
-    """The simulator's makespan."""
-    order = "arrival" if policy == "divided" else "context"
-    how = Whole() if policy == "stock" else Divided(SchedulerConfig(setup.chunk, order=order))
-    return simulate(setup.samples(), setup.cluster(costs), how).makespan
+def policy_of(setup: Setup, name: str) -> Whole | Divided:
+    """The simulator's policy of that name."""
+    if name == "stock":
+        return Whole()
+    return Divided(SchedulerConfig(setup.chunk, order="arrival" if name == "divided" else "context"))
 
 
 def place_of_longest(order: Sequence[int], samples: Sequence[Sample]) -> float:
@@ -365,9 +371,22 @@ def main() -> None:
         runs = measure(first, model, POLICIES, pool, repeats)
         rows = [row for policy in ("stock", *POOLED) for run in runs[policy] for row in run["steps"]]
         costs = fit_steps(steps_of(rows))
+        handover = fit_handover(
+            first.samples(),
+            first.cluster(costs),
+            [
+                (policy, statistics.median(run["makespan"] for run in runs[name]))
+                for name in POOLED
+                if isinstance(policy := policy_of(first, name), Divided)
+            ],
+        )
         predictions = []
         for setup in () if options.quick else PREDICTED:
-            guess = {policy: predict(setup, costs, policy) for policy in ("stock", *POOLED)}  # before measuring
+            cluster = setup.cluster(costs, handover)
+            guess = {  # before measuring
+                name: simulate(setup.samples(), cluster, policy_of(setup, name)).makespan
+                for name in ("stock", *POOLED)
+            }
             seen = measure(setup, model, tuple(guess), pool, min(repeats, 3))
             for policy, seconds in guess.items():
                 real = [run["makespan"] for run in seen[policy]]
@@ -375,7 +394,7 @@ def main() -> None:
                     {"setup": setup.name, "policy": policy, "predicted": seconds, "measured": real}
                 )
     ray.shutdown()
-    report(first, runs, costs, predictions, options)
+    report(first, runs, {**dataclasses.asdict(costs), "handover": handover}, predictions, options)
 
 
 def measure(
@@ -404,7 +423,7 @@ def measure(
 def report(
     setup: Setup,
     runs: dict[str, list[dict[str, Any]]],
-    costs: StepModel,
+    costs: dict[str, float],
     predictions: list[dict[str, Any]],
     options: argparse.Namespace,
 ) -> None:
@@ -450,7 +469,7 @@ def report(
             del run["steps"]
     extra = {
         "command": " ".join(["python -m benchmarks.seer_replay", *sys.argv[1:]]),
-        "setup": dataclasses.asdict(setup), "runs": runs, "costs": dataclasses.asdict(costs),
+        "setup": dataclasses.asdict(setup), "runs": runs, "costs": costs,
         "predictions": predictions, "predicted_setups": [dataclasses.asdict(s) for s in PREDICTED],
     }  # fmt: skip
     print_result("seer_replay", ratios, save=options.out, **json.loads(json.dumps(extra)))

@@ -1,13 +1,15 @@
-"""The instance model of a real engine: a `StepModel` fitted to steps that were measured there."""
+"""The instance model of real engines: a `StepModel` fitted to measured steps, and what handing over a chunk takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from verl_seer.simulate.costs import StepModel
+from verl_seer.simulate.rollout import Divided, simulate
+from verl_seer.simulate.workload import Cluster, Sample
 
 _FASTEST = 1e9  # tokens per second where the steps show no cost at all
 _ROUNDS = 8  # of fits that weigh by the one before; the third changes little
@@ -68,6 +70,28 @@ def fit_steps(steps: Sequence[Step]) -> StepModel:
         prefill_rate=min(_FASTEST, 1 / prefill) if prefill > 0 else _FASTEST,
         transfer_rate=min(_FASTEST, 1 / transfer) if transfer > 0 else _FASTEST,
     )
+
+
+def fit_handover(
+    samples: Sequence[Sample], cluster: Cluster, measured: Sequence[tuple[Divided, float]]
+) -> float:
+    """The `Cluster.handover` of at most a second with which the makespans are nearest to the measured ones.
+
+    Args:
+        samples: of the rollouts that were measured.
+        cluster: with its step model; its own handover is not looked at.
+        measured: policies, and the seconds of their rollouts.
+    """
+    if not measured:
+        raise ValueError("measured must name at least one policy and its makespan")
+
+    def error(seconds: float) -> float:
+        tried = replace(cluster, handover=seconds)
+        ratios = [simulate(samples, tried, how).makespan / makespan for how, makespan in measured]
+        return float(np.abs(np.log(ratios)).sum())
+
+    # Not by bisection: a longer way can place chunks better, so makespans do not only rise.
+    return min((i / 100 for i in range(101)), key=error)
 
 
 def _not_negative(terms: np.ndarray, seconds: np.ndarray, unit: np.ndarray) -> list[float]:

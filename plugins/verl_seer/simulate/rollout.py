@@ -155,6 +155,7 @@ class _Run:
             self._members[sample.group].append(i)
         self.group = GroupProgress(self._sibling_table()) if self.drafting else None
         self._changed: set[int] = set()
+        self._handed_over: list[tuple[float, int]] = []  # heap of (time, request): chunks on their way to the router
 
     def _sibling_table(self) -> np.ndarray:
         most = max(len(m) for m in self._members.values())
@@ -177,6 +178,10 @@ class _Run:
 
     def settle(self, engine: Engine) -> None:
         """After the endings of an event: fill the room."""
+        raise NotImplementedError
+
+    def heard(self, request: int) -> None:
+        """The router hears of a chunk's end, `Cluster.handover` after it."""
         raise NotImplementedError
 
     def probes(self, engine: Engine) -> np.ndarray:
@@ -227,6 +232,10 @@ class _Run:
                 return self._outcome()
             while events and version[events[0][1]] != events[0][2]:
                 heapq.heappop(events)
+            if self._handed_over and (not events or self._handed_over[0][0] <= events[0][0]):
+                self.now, request = heapq.heappop(self._handed_over)
+                self.heard(request)
+                continue
             if not events:
                 raise RuntimeError(f"the policy left {self.unfinished} requests without an instance")
             self.now, index, _ = heapq.heappop(events)
@@ -369,6 +378,16 @@ class _DividedRun(_Run):
         return self._is_probe[engine.ids]
 
     def chunk_ended(self, engine: Engine, request: int) -> None:
+        if self.cluster.handover > 0:
+            heapq.heappush(self._handed_over, (self.now + self.cluster.handover, request))
+        else:
+            self._completed(request)
+
+    def heard(self, request: int) -> None:
+        self._completed(request)
+        self._place()
+
+    def _completed(self, request: int) -> None:
         before = self.scheduler.request(str(request)).generated
         finished = self.generated[request] == self.samples[request].tokens
         self.scheduler.completed(str(request), self.generated[request] - before, finished)

@@ -38,6 +38,8 @@ class Cluster:
         max_running: most requests that one runs at once.
         costs: its step.
         kv_bytes: bytes of one KV token, for the report of what moves.
+        handover: seconds from the end of a chunk until its place is free and the response may go on: the way to the
+            client and the router and back. Whole responses have none.
     """
 
     instances: int
@@ -45,11 +47,14 @@ class Cluster:
     max_running: int
     costs: StepModel
     kv_bytes: int
+    handover: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("instances", "kv_capacity", "max_running", "kv_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.handover < float("inf"):
+            raise ValueError(f"handover must be a number of seconds, at least 0, got {self.handover}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from verl_seer.simulate.fit import Step, fit_steps
+from verl_seer.scheduler import SchedulerConfig
+from verl_seer.simulate.costs import StepModel
+from verl_seer.simulate.fit import Step, fit_handover, fit_steps
+from verl_seer.simulate.rollout import Divided, Whole, simulate
+from verl_seer.simulate.workload import Cluster, Sample
 
 FIXED, REQUEST, PREFILL, TRANSFER, KV = 4e-3, 2e-4, 5e-5, 1e-6, 3e-7
 
@@ -58,3 +62,27 @@ def test_too_little_is_refused():
         fit_steps(measured(3))
     with pytest.raises(ValueError, match="must be positive, got 0"):
         fit_steps([*measured(30), Step(0.0, 1, 0, 0, 1.0)])
+
+
+def test_the_handover_that_made_the_makespans_is_found():
+    """Within the grid's step of 10 ms: the rollouts repeat exactly."""
+    samples = [Sample(f"g{i // 4}", 32, 20 + (37 * i) % 200, 400) for i in range(48)]
+    cluster = Cluster(2, 3000, 8, StepModel(5e-3, 1e-4, 0.0, 1e-6, 0.0, 7000.0, 8e4), 1, handover=0.13)
+    policies = [Divided(SchedulerConfig(32, order=order)) for order in ("arrival", "context")]
+    measured = [(how, simulate(samples, cluster, how).makespan) for how in policies]
+    assert fit_handover(samples, cluster, measured) == pytest.approx(0.13, abs=0.0101)
+    with pytest.raises(ValueError, match="at least one policy"):
+        fit_handover(samples, cluster, [])
+
+
+def test_a_handover_delays_each_chunk_of_a_lone_response_and_no_whole_one():
+    """Ten chunks, nine hand-overs between them; what comes after the last is no part of the rollout."""
+    sample = [Sample("g", 10, 100, 100)]
+    costs = StepModel(1e-2, 0.0, 0.0, 0.0, 0.0, 1e9, 1e9)
+    divided = Divided(SchedulerConfig(10))
+    at_once, later = (Cluster(1, 1000, 4, costs, 1, handover=h) for h in (0.0, 0.5))
+    added = simulate(sample, later, divided).makespan - simulate(sample, at_once, divided).makespan
+    assert added == pytest.approx(9 * 0.5)
+    assert simulate(sample, later, Whole()).makespan == simulate(sample, at_once, Whole()).makespan
+    with pytest.raises(ValueError, match="handover must be"):
+        Cluster(1, 1000, 4, costs, 1, handover=-1.0)
