@@ -12,9 +12,10 @@ say nothing that could be drafted (see benchmarks.seer_engine).
 * seer: the same with Algorithm 2.
 * seer without pool: a chunk that moves, or whose blocks were given away, is computed again.
 
-Repeats are interleaved. Then the simulator's instance model is fitted to the steps of the first configuration, the time
-that handing over a chunk takes to its divided makespans, and both have to predict the makespans of two others (other
-lengths, prompts, memory and batch), which are measured after that.
+Repeats are interleaved, those of two other configurations (other lengths, prompts, memory and batch) with them, as a
+machine's speed may change within minutes. The simulator's instance models, of engines with the pool's connector and
+without, are fitted to the steps of the first configuration alone, the time that handing over a chunk takes to its
+divided makespans, and they have to predict the makespans of the others.
 Needs verl 0.9.1, vLLM 0.32, Ray and the installed plugins (the session `verl` of the noxfile).
 """
 
@@ -365,57 +366,70 @@ def main() -> None:
         logging_level="ERROR",
     )  # fmt: skip
     repeats = 1 if options.quick else options.repeats
+    first, others = (QUICK, ()) if options.quick else (FITTED, PREDICTED)
+    policies = {first: POLICIES} | dict.fromkeys(others, ("stock", *POOLED))
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as pool:
-        model = make_model(folder)
-        first = QUICK if options.quick else FITTED
-        runs = measure(first, model, POLICIES, pool, repeats)
-        rows = [row for policy in ("stock", *POOLED) for run in runs[policy] for row in run["steps"]]
-        costs = fit_steps(steps_of(rows))
-        handover = fit_handover(
-            first.samples(),
-            first.cluster(costs),
-            [
-                (policy, statistics.median(run["makespan"] for run in runs[name]))
-                for name in POOLED
-                if isinstance(policy := policy_of(first, name), Divided)
-            ],
-        )
-        predictions = []
-        for setup in () if options.quick else PREDICTED:
-            cluster = setup.cluster(costs, handover)
-            guess = {  # before measuring
-                name: simulate(setup.samples(), cluster, policy_of(setup, name)).makespan
-                for name in ("stock", *POOLED)
-            }
-            seen = measure(setup, model, tuple(guess), pool, min(repeats, 3))
-            for policy, seconds in guess.items():
-                real = [run["makespan"] for run in seen[policy]]
-                predictions.append(
-                    {"setup": setup.name, "policy": policy, "predicted": seconds, "measured": real}
-                )
+        seen = measure(policies, make_model(folder), pool, repeats)
     ray.shutdown()
-    report(first, runs, {**dataclasses.asdict(costs), "handover": handover}, predictions, options)
+    runs = seen[first]
+    costs = {
+        name: fit_steps(steps_of([row for policy in names for run in runs[policy] for row in run["steps"]]))
+        for name, names in {"stock": ("stock",), "pooled": POOLED}.items()
+    }
+    handover = fit_handover(
+        first.samples(),
+        first.cluster(costs["pooled"]),
+        [
+            (policy, statistics.median(run["makespan"] for run in runs[name]))
+            for name in POOLED
+            if isinstance(policy := policy_of(first, name), Divided)
+        ],
+    )
+
+    def predicted(setup: Setup, policy: str) -> float:
+        pooled = policy in POOLED
+        cluster = setup.cluster(costs["pooled" if pooled else "stock"], handover if pooled else 0.0)
+        return simulate(setup.samples(), cluster, policy_of(setup, policy)).makespan
+
+    predictions = [
+        {
+            "setup": setup.name,
+            "policy": policy,
+            "predicted": predicted(setup, policy),
+            "measured": [run["makespan"] for run in seen[setup][policy]],
+        }
+        for setup in others
+        for policy in policies[setup]
+    ]
+    fitted = {name: dataclasses.asdict(model) for name, model in costs.items()} | {"handover": handover}
+    report(first, runs, fitted, predictions, options)
 
 
 def measure(
-    setup: Setup, model: str, policies: Sequence[str], pool: str, repeats: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Replays of every policy, in turn."""
+    policies: dict[Setup, tuple[str, ...]], model: str, pool: str, repeats: int
+) -> dict[Setup, dict[str, list[dict[str, Any]]]]:
+    """Replays of every policy of every setup, in turn."""
     from rich.console import Console
     from rich.progress import track
 
-    with tempfile.TemporaryDirectory(dir=pool) as folder:
-        replay = Replay(setup, model, policies, folder)
-        try:
-            runs: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
-            turns = [policy for _ in range(repeats) for policy in policies]
-            console = Console(stderr=True)
-            for policy in policies:
-                replay.run(policy)  # a first run imports and compiles
-            for policy in track(turns, setup.name, console=console, transient=True):
-                runs[policy].append(replay.run(policy))
-                console.print(f"{setup.name}: {policy} took {runs[policy][-1]['makespan']:.2f} s")
-        finally:
+    console = Console(stderr=True)
+    replays: dict[Setup, Replay] = {}
+    try:
+        for number, setup in enumerate(policies):
+            folder = Path(pool, str(number))
+            folder.mkdir()
+            replays[setup] = Replay(setup, model, policies[setup], str(folder))
+        turns = [(setup, policy) for setup in policies for policy in policies[setup]]
+        runs: dict[Setup, dict[str, list[dict[str, Any]]]] = {
+            setup: {policy: [] for policy in policies[setup]} for setup in policies
+        }
+        for setup, policy in track(turns, "first runs", console=console, transient=True):
+            replays[setup].run(policy)  # imports and compiles
+        for setup, policy in track(turns * repeats, "replays", console=console, transient=True):
+            runs[setup][policy].append(replays[setup].run(policy))
+            console.print(f"{setup.name}: {policy} took {runs[setup][policy][-1]['makespan']:.2f} s")
+    finally:
+        for replay in replays.values():
             replay.close()
     return runs
 
@@ -423,7 +437,7 @@ def measure(
 def report(
     setup: Setup,
     runs: dict[str, list[dict[str, Any]]],
-    costs: dict[str, float],
+    fitted: dict[str, Any],
     predictions: list[dict[str, Any]],
     options: argparse.Namespace,
 ) -> None:
@@ -469,7 +483,7 @@ def report(
             del run["steps"]
     extra = {
         "command": " ".join(["python -m benchmarks.seer_replay", *sys.argv[1:]]),
-        "setup": dataclasses.asdict(setup), "runs": runs, "costs": costs,
+        "setup": dataclasses.asdict(setup), "runs": runs, "fitted": fitted,
         "predictions": predictions, "predicted_setups": [dataclasses.asdict(s) for s in PREDICTED],
     }  # fmt: skip
     print_result("seer_replay", ratios, save=options.out, **json.loads(json.dumps(extra)))

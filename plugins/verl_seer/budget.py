@@ -67,19 +67,28 @@ class DraftBudget:
 NO_DRAFTS = DraftBudget(0, 0, 0)
 
 
-def tokens_per_step(alpha: float, length: int) -> float:
-    """Expected tokens of a step with drafts of `length` at acceptance `alpha` in [0, 1]: 1 + alpha + ... ."""
+def tokens_per_step(alpha: float, length: int, made: Sequence[float] | None = None) -> float:
+    """Expected tokens of a step with drafts of `length` at acceptance `alpha` in [0, 1]: 1 + alpha + ... .
+
+    `made`, by position, is the share of requests whose draft gets that far; None is all of them, as in the paper.
+    """
+    if made is not None:
+        return 1.0 + sum(share * alpha ** (i + 1) for i, share in enumerate(made[:length]))
     return length + 1.0 if alpha == 1 else (1 - alpha ** (length + 1)) / (1 - alpha)
 
 
-def time_per_token(costs: StepCosts, batch: int, length: int, alpha: float) -> float:
+def time_per_token(
+    costs: StepCosts, batch: int, length: int, alpha: float, made: Sequence[float] | None = None
+) -> float:
     """T_SD(B, gamma), the expected time of a request's token; length 0 is plain decoding."""
-    return (costs.draft(batch, length) + costs.forward(batch, length)) / tokens_per_step(alpha, length)
+    return (costs.draft(batch, length) + costs.forward(batch, length)) / tokens_per_step(alpha, length, made)
 
 
-def best_length(costs: StepCosts, batch: int, alpha: float, gamma_max: int) -> int:
+def best_length(
+    costs: StepCosts, batch: int, alpha: float, gamma_max: int, made: Sequence[float] | None = None
+) -> int:
     """The draft length of least `time_per_token`, the same for all; the shortest of equals, 0 if drafting costs."""
-    return min(range(gamma_max + 1), key=lambda length: time_per_token(costs, batch, length, alpha))
+    return min(range(gamma_max + 1), key=lambda length: time_per_token(costs, batch, length, alpha, made))
 
 
 def benefits(beta: Sequence[float], config: BudgetConfig) -> list[float]:
@@ -97,14 +106,21 @@ def benefits(beta: Sequence[float], config: BudgetConfig) -> list[float]:
 
 
 def draft_budget(
-    high: int, low: int, beta: Sequence[float], costs: StepCosts, config: BudgetConfig
+    high: int,
+    low: int,
+    beta: Sequence[float],
+    costs: StepCosts,
+    config: BudgetConfig,
+    made: Sequence[float] | None = None,
 ) -> DraftBudget:
     """Algorithm 1: draft lengths for `high` requests of high and `low` requests of low priority.
 
     Args:
         high, low: requests of each class in the batch; the probes are the high class.
         beta: acceptance by position, at least `gamma_max` values in [0, 1], read as `config.rule` says.
-        costs: profiled costs of a step.
+        costs: profiled costs of a step, for the drafts that are made.
+        made: share of requests, by position, whose draft gets that far if it may: not every request has something to
+            draft. None is all of them, as in the paper.
 
     The lengths keep within the budget: high * result.high + low * result.low <= result.tokens.
     """
@@ -115,10 +131,12 @@ def draft_budget(
     if not all(0 <= b <= 1 for b in beta):
         raise ValueError(f"beta must hold probabilities in [0, 1], got {list(beta)}")
     batch = high + low
+    if made is not None and (len(made) < config.gamma_max or not all(0 <= m <= 1 for m in made)):
+        raise ValueError(f"made must have gamma_max ({config.gamma_max}) shares in [0, 1], got {list(made)}")
     if batch == 0:
         return NO_DRAFTS
     alpha = _mean_acceptance(beta, config)
-    budget = best_length(costs, batch, alpha, config.gamma_max) * batch
+    budget = best_length(costs, batch, alpha, config.gamma_max, made) * batch
     if budget == 0 or budget < high:  # line 4
         return NO_DRAFTS
     worth = benefits(beta, config)

@@ -277,8 +277,9 @@ class EngineDrafter:
         drafts = self._groups.drafts(
             [(live.group, live.response, self._drafting[n]) for _, live, n in wanted]
         )
-        for (row, _, _), draft in zip(wanted, drafts):
+        for (row, _, length), draft in zip(wanted, drafts):
             out[row] = draft.tokens
+            self.lengths.made.record(length, len(draft.tokens))
         return out
 
     def _take_news(self) -> None:

@@ -67,16 +67,48 @@ class StepTimes:
         return [size for size, _, _ in points], times
 
 
+class MadeDrafts:
+    """How far drafts get that may have a number of tokens: a request may have nothing, or little, to draft.
+
+    Args:
+        longest: most tokens of a draft.
+        keep: weight of what was seen before, each time `shares` is asked.
+    """
+
+    def __init__(self, longest: int, keep: float = 0.95) -> None:
+        self._allowed, self._made = [0.0] * (longest + 1), [0.0] * (longest + 1)  # drafts by length
+        self._keep = keep
+
+    def record(self, allowed: int, made: int) -> None:
+        """A draft that might have had `allowed` tokens has `made`."""
+        self._allowed[allowed] += 1
+        self._made[made] += 1
+
+    def shares(self) -> list[float]:
+        """Share of the drafts that get to each position, of those that might; index 0 is position 1. Never rises.
+
+        A position that was never allowed is taken to be like the one before it, the first to be always there.
+        """
+        self._allowed = [n * self._keep for n in self._allowed]
+        self._made = [n * self._keep for n in self._made]
+        out, before = [], 1.0
+        for i in range(1, len(self._made)):
+            before = min(before, (sum(self._made[i:]) + before) / (sum(self._allowed[i:]) + 1.0))
+            out.append(before)
+        return out
+
+
 @dataclass
 class _Costs:
     steps: StepTimes
     per_draft: float
+    made: Sequence[float]
 
     def draft(self, batch: int, length: int) -> float:
         return batch * self.per_draft if length else 0.0
 
     def forward(self, batch: int, length: int) -> float:
-        return self.steps.seconds(batch * (length + 1))
+        return self.steps.seconds(round(batch * (1 + sum(self.made[:length]))))
 
 
 class DraftLengths:
@@ -95,6 +127,7 @@ class DraftLengths:
         self.config, self.period, self.explore = config, period, explore
         self.acceptance = AcceptanceStats(config.gamma_max, prior_weight=0.0)
         self.times = StepTimes()
+        self.made = MadeDrafts(config.gamma_max)
         self._per_draft = 0.0
         self._step = self._decided_at = self._explored = 0
         self._decided_for = 0
@@ -123,7 +156,9 @@ class DraftLengths:
         due = self._step - self._decided_at >= self.period
         same = 3 * self._decided_for <= 4 * batch and 3 * batch <= 4 * self._decided_for
         if self.times and batch and (due or not same):
-            budget = draft_budget(high, low, self._beta(), _Costs(self.times, self._per_draft), self.config)
+            made = self.made.shares()
+            costs = _Costs(self.times, self._per_draft, made)
+            budget = draft_budget(high, low, self._beta(), costs, self.config, made)
             self._lengths = (budget.high, budget.low)
             self._decided_at, self._decided_for = self._step, batch
         return self._lengths

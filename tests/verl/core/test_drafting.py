@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from verl_seer.budget import BudgetConfig, draft_budget
 from verl_seer.drafting.engine import EngineDrafter, EngineOptions
-from verl_seer.drafting.lengths import DraftLengths, StepTimes
+from verl_seer.drafting.lengths import DraftLengths, MadeDrafts, StepTimes
 from verl_seer.drafting.names import chunk_name, parse_chunk, response_name
 from verl_seer.drafting.reference import ReferenceIndex
 from verl_seer.drafting.store import PROMPT_TAIL, DraftServer, GroupDrafter
@@ -88,6 +88,30 @@ def test_lengths_follow_costs_and_acceptance(per_token, right, least, most):
             lengths.verified(n, next((i for i in range(n) if rng.random() >= right), n))
     lengths.explore = 0
     assert least <= lengths.next(1, 3)[1] <= most
+
+
+@pytest.mark.parametrize(
+    ("share", "drafts"), [(1.0, True), (0.1, False)], ids=["every request has a draft", "one in ten has"]
+)
+def test_drafts_that_few_requests_have_do_not_pay_for_slower_steps(share, drafts):
+    """Verifying costs 2 ms a step, whatever it verifies: worth it for 4 accepted tokens a request, not for 0.4."""
+    rng, lengths = random.Random(1), DraftLengths(BudgetConfig(gamma_max=4), explore=7)
+    for _ in range(2000):
+        allowed = lengths.next(2, 14)[1]
+        made = [allowed if rng.random() < share else 0 for _ in range(16)] if allowed else []
+        lengths.ran(16 + sum(made), 6e-3 if sum(made) else 4e-3)
+        for n in made:
+            lengths.made.record(allowed, n)
+            lengths.verified(n, n)
+    lengths.explore = 0
+    assert (lengths.next(2, 14)[1] > 0) == drafts
+
+
+def test_made_drafts_are_counted_by_position():
+    made = MadeDrafts(3, keep=1.0)
+    for allowed, length in 1000 * [(2, 2), (2, 1), (2, 0), (1, 1), (1, 0)]:
+        made.record(allowed, length)
+    assert made.shares() == pytest.approx([3 / 5, 1 / 3, 1 / 3], rel=2e-3)  # beyond 2 like 2
 
 
 def test_lengths_are_those_of_the_algorithm():
