@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Literal, Protocol
 
 BenefitRule = Literal["printed", "conditional", "cumulative"]
@@ -67,28 +69,22 @@ class DraftBudget:
 NO_DRAFTS = DraftBudget(0, 0, 0)
 
 
-def tokens_per_step(alpha: float, length: int, made: Sequence[float] | None = None) -> float:
-    """Expected tokens of a step with drafts of `length` at acceptance `alpha` in [0, 1]: 1 + alpha + ... .
-
-    `made`, by position, is the share of requests whose draft gets that far; None is all of them, as in the paper.
-    """
-    if made is not None:
-        return 1.0 + sum(share * alpha ** (i + 1) for i, share in enumerate(made[:length]))
+def tokens_per_step(alpha: float, length: int) -> float:
+    """Expected tokens of a step with drafts of `length` at acceptance `alpha` in [0, 1]: 1 + alpha + ... ."""
     return length + 1.0 if alpha == 1 else (1 - alpha ** (length + 1)) / (1 - alpha)
 
 
-def time_per_token(
-    costs: StepCosts, batch: int, length: int, alpha: float, made: Sequence[float] | None = None
-) -> float:
-    """T_SD(B, gamma), the expected time of a request's token; length 0 is plain decoding."""
-    return (costs.draft(batch, length) + costs.forward(batch, length)) / tokens_per_step(alpha, length, made)
+def time_per_token(costs: StepCosts, batch: int, length: int, tokens: float) -> float:
+    """T_SD(B, gamma), the expected time of a request's token in steps of `tokens` each; length 0 is plain decoding."""
+    return (costs.draft(batch, length) + costs.forward(batch, length)) / tokens
 
 
-def best_length(
-    costs: StepCosts, batch: int, alpha: float, gamma_max: int, made: Sequence[float] | None = None
-) -> int:
-    """The draft length of least `time_per_token`, the same for all; the shortest of equals, 0 if drafting costs."""
-    return min(range(gamma_max + 1), key=lambda length: time_per_token(costs, batch, length, alpha, made))
+def best_length(costs: StepCosts, batch: int, tokens: Sequence[float]) -> int:
+    """The draft length of least `time_per_token`, the same for all; the shortest of equals, 0 if drafting costs.
+
+    `tokens` are those expected of a step with drafts of each length, from 0 on.
+    """
+    return min(range(len(tokens)), key=lambda length: time_per_token(costs, batch, length, tokens[length]))
 
 
 def benefits(beta: Sequence[float], config: BudgetConfig) -> list[float]:
@@ -120,7 +116,9 @@ def draft_budget(
         beta: acceptance by position, at least `gamma_max` values in [0, 1], read as `config.rule` says.
         costs: profiled costs of a step, for the drafts that are made.
         made: share of requests, by position, whose draft gets that far if it may: not every request has something to
-            draft. None is all of them, as in the paper.
+            draft. Expected tokens are then the sum of made times the product of beta, as measured. None takes
+            every request to have its draft, and alpha, the mean of beta, for every position, as the paper does:
+            far too much where first tokens are hardly ever right but those after a right one mostly are.
 
     The lengths keep within the budget: high * result.high + low * result.low <= result.tokens.
     """
@@ -135,8 +133,7 @@ def draft_budget(
         raise ValueError(f"made must have gamma_max ({config.gamma_max}) shares in [0, 1], got {list(made)}")
     if batch == 0:
         return NO_DRAFTS
-    alpha = _mean_acceptance(beta, config)
-    budget = best_length(costs, batch, alpha, config.gamma_max, made) * batch
+    budget = best_length(costs, batch, _expected_tokens(beta, config, made)) * batch
     if budget == 0 or budget < high:  # line 4
         return NO_DRAFTS
     worth = benefits(beta, config)
@@ -155,9 +152,21 @@ def draft_budget(
             return DraftBudget(gamma_high, gamma_low, budget)
 
 
+def _expected_tokens(
+    beta: Sequence[float], config: BudgetConfig, made: Sequence[float] | None
+) -> list[float]:
+    """Tokens of a step with drafts of each length up to gamma_max, from 0 on."""
+    values = list(beta[: config.gamma_max])
+    if made is not None:
+        reached = values if config.rule == "cumulative" else accumulate(values, mul)
+        return list(accumulate(map(mul, made, reached), initial=1.0))
+    alpha = _mean_acceptance(values, config)
+    return [tokens_per_step(alpha, length) for length in range(config.gamma_max + 1)]
+
+
 def _mean_acceptance(beta: Sequence[float], config: BudgetConfig) -> float:
     """alpha = E(beta), of conditional acceptances: a cumulative beta is turned into those first."""
-    values = list(beta[: config.gamma_max])
+    values = list(beta)
     if config.rule == "cumulative":
         values = [b / before if before else 0.0 for before, b in zip([1.0, *values], values)]
         if max(values) > 1:

@@ -68,6 +68,26 @@ def test_a_chunk_that_moves_brings_its_kv_along(start, dense, drafting, tmp_path
     assert not list(folder.iterdir()), "new weights empty the pool"
 
 
+@pytest.mark.parametrize("other", ["cache_salt", "lora_request", "mm_features", "prompt_embeds"])
+def test_kv_that_does_not_follow_from_the_tokens_stays_out_of_the_pool(other):
+    import torch
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+    from verl_seer.kv_pool import _named_by_tokens
+
+    params = SamplingParams(max_tokens=4)
+    given = {
+        "cache_salt": "somebody's",
+        "lora_request": LoRARequest("adapter", 1, "/nowhere"),
+        "mm_features": [object()],
+        "prompt_embeds": torch.zeros(3, 8),
+    }[other]
+    assert _named_by_tokens(Request("a", [1, 2, 3], params, None))
+    assert not _named_by_tokens(Request("b", [1, 2, 3], params, None, **{other: given}))
+
+
 def test_models_with_a_recurrent_state_are_refused(start, tmp_path):
     engine = start(KIMI, **pool(tmp_path / "kv"))
     with pytest.raises(

@@ -198,8 +198,9 @@ class EngineDrafter:
                 counts.drafted += len(draft)
                 counts.accepted += accepted
                 self.lengths.verified(len(draft), accepted)
-        if timed and scheduled == len(request_ids) + sum(map(len, verified.values())):
-            self.lengths.ran(scheduled, forward)
+        drafted = sum(map(len, verified.values()))
+        if timed and scheduled == len(request_ids) + drafted:
+            self.lengths.ran(scheduled, drafted, forward)
         self._take_news()
         rows = self._take_sampled(request_ids, sampled, totals, prompts, token_ids, limit)
         out = self._draft(rows, len(request_ids))
@@ -297,7 +298,11 @@ class EngineDrafter:
             self._news.clear()
         taken = 0
         while self._news and taken < NEWS_PER_STEP:
-            taken += self._groups.extend(*self._news.popleft())
+            try:
+                taken += self._groups.extend(*self._news.popleft())
+            except ValueError as error:  # the server serves another model, or is not what it says
+                logger.warning("Seer: what the draft server sent is not taken: %s", error)
+                self._news.clear()
         self.counts.received += taken
 
     def _flush(self, running: set[str]) -> None:

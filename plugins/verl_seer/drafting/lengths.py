@@ -100,7 +100,8 @@ class MadeDrafts:
 
 @dataclass
 class _Costs:
-    steps: StepTimes
+    plain: StepTimes
+    drafted: StepTimes
     per_draft: float
     made: Sequence[float]
 
@@ -108,7 +109,10 @@ class _Costs:
         return batch * self.per_draft if length else 0.0
 
     def forward(self, batch: int, length: int) -> float:
-        return self.steps.seconds(round(batch * (1 + sum(self.made[:length]))))
+        plain = self.plain.seconds(batch)
+        if plain and not length:
+            return plain
+        return max(plain, self.drafted.seconds(round(batch * (1 + sum(self.made[:length])))))
 
 
 class DraftLengths:
@@ -117,8 +121,9 @@ class DraftLengths:
     Args:
         config: its options.
         period: steps between two decisions; a batch that grows or shrinks by a third is decided on at once.
-        explore: every how many steps all requests get one of the lengths 0 to gamma_max in turn, so that costs and
-            acceptance of lengths that are not chosen stay known; 0 is never.
+        explore: every how many steps all requests get a length that may not be the one chosen, so that costs and
+            acceptance of all stay known: no drafts and one of 1 to gamma_max in turn. The first time comes after 4
+            steps, the next after twice as many each, up to this; 0 is never.
     """
 
     def __init__(self, config: BudgetConfig, period: int = 16, explore: int = 32) -> None:
@@ -126,10 +131,11 @@ class DraftLengths:
             raise ValueError(f"need period >= 1 and explore >= 0, got {period} and {explore}")
         self.config, self.period, self.explore = config, period, explore
         self.acceptance = AcceptanceStats(config.gamma_max, prior_weight=0.0)
-        self.times = StepTimes()
+        self.plain, self.with_drafts = StepTimes(), StepTimes()
         self.made = MadeDrafts(config.gamma_max)
         self._per_draft = 0.0
         self._step = self._decided_at = self._explored = 0
+        self._explore_at = min(4, explore)
         self._decided_for = 0
         self._lengths = (config.gamma_max, config.gamma_max)
 
@@ -137,9 +143,12 @@ class DraftLengths:
         """A draft was verified."""
         self.acceptance.record(drafted, accepted)
 
-    def ran(self, tokens: int, seconds: float) -> None:
-        """A step that only decoded: its tokens, drafts included, and its time without that of drafting."""
-        self.times.record(tokens, seconds)
+    def ran(self, tokens: int, drafted: int, seconds: float) -> None:
+        """A step that only decoded: its tokens, those of them that were drafted, its time without that of drafting.
+
+        Steps that verify are known apart from the others: attention, sampling and book-keeping are other code.
+        """
+        (self.with_drafts if drafted else self.plain).record(tokens, seconds)
 
     def drafted(self, requests: int, seconds: float) -> None:
         """Drafts were made for so many requests, in this time."""
@@ -148,16 +157,17 @@ class DraftLengths:
     def next(self, high: int, low: int) -> tuple[int, int]:
         """Draft lengths for the `high` and the `low` requests of the step that comes."""
         self._step += 1
-        if self.explore and self._step % self.explore == 0:
+        if self.explore and self._step == self._explore_at:
+            self._explore_at += min(self.explore, self._step)
             self._explored += 1
-            length = self._explored % (self.config.gamma_max + 1)
+            length = 0 if self._explored % 2 else 1 + self._explored // 2 % self.config.gamma_max
             return length, length
         batch = high + low
         due = self._step - self._decided_at >= self.period
         same = 3 * self._decided_for <= 4 * batch and 3 * batch <= 4 * self._decided_for
-        if self.times and batch and (due or not same):
+        if (self.plain or self.with_drafts) and batch and (due or not same):
             made = self.made.shares()
-            costs = _Costs(self.times, self._per_draft, made)
+            costs = _Costs(self.plain, self.with_drafts, self._per_draft, made)
             budget = draft_budget(high, low, self._beta(), costs, self.config, made)
             self._lengths = (budget.high, budget.low)
             self._decided_at, self._decided_for = self._step, batch

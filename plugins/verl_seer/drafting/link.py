@@ -14,7 +14,7 @@ import threading
 import time
 from array import array
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypedDict
 
 from verl_seer.drafting.engine import Update
 from verl_seer.drafting.store import DraftServer
@@ -22,18 +22,39 @@ from verl_seer.drafting.store import DraftServer
 logger = logging.getLogger("verl.seer")
 
 REPLY_TOKENS = 1 << 20  # most tokens in one answer; the next brings the rest
+MAX_MESSAGE = 1 << 26  # bytes; the sender of a longer one is disconnected
+MAX_ENGINES = 4096  # whose counts are kept; beyond it the first that came are forgotten
 RETRY_SECONDS = 5.0
 SWEEP_SECONDS = 1.0
 
 
-def _pack(rows: list[Update]) -> list[tuple[str, str, int, bytes]]:
+Row = tuple[str, str, int, bytes]  # an `Update`, its tokens as int32
+
+
+class Request(TypedDict):
+    """What an engine sends: its tokens, and what it holds of its groups."""
+
+    engine: str
+    epoch: int
+    updates: list[Row]
+    cursors: dict[str, dict[str, int]]
+    counts: dict[str, float]
+
+
+class Answer(TypedDict):
+    """What an engine lacks. `error`, if not empty, says why the request was not taken."""
+
+    epoch: int
+    rows: list[Row]
+    error: str
+
+
+def _pack(rows: list[Update]) -> list[Row]:
     return [(group, response, position, tokens.tobytes()) for group, response, position, tokens in rows]
 
 
-def _unpack(rows: list[tuple[str, str, int, bytes]]) -> list[Update]:
-    return [
-        (group, response, int(position), array("i", tokens)) for group, response, position, tokens in rows
-    ]
+def _unpack(rows: list[Row]) -> list[Update]:
+    return [(group, response, position, array("i", tokens)) for group, response, position, tokens in rows]
 
 
 class DraftLink:
@@ -104,12 +125,13 @@ class DraftLink:
             if socket is None:
                 socket = context.socket(zmq.REQ)
                 socket.setsockopt(zmq.LINGER, 0)
+                socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
                 for option in (zmq.RCVTIMEO, zmq.SNDTIMEO):
                     socket.setsockopt(option, int(self.timeout * 1000))
                 socket.connect(self.address)
             try:
                 self._exchange(socket)
-            except (zmq.ZMQError, RuntimeError) as error:
+            except (zmq.ZMQError, ValueError, RuntimeError) as error:  # ValueError: an answer that is none
                 socket.close()
                 socket = None
                 self._give_up(error)
@@ -124,24 +146,25 @@ class DraftLink:
 
         with self._lock:
             updates, self._updates = self._updates, []
-            body = {
-                "engine": self.name,
-                "epoch": self._epoch,
-                "updates": _pack(updates),
-                "cursors": self._cursors,
-                "counts": self._counts,
-            }
+            body = Request(
+                engine=self.name,
+                epoch=self._epoch,
+                updates=_pack(updates),
+                cursors=self._cursors,
+                counts=self._counts,
+            )
         socket.send(msgspec.msgpack.encode(body))
-        answer = msgspec.msgpack.decode(socket.recv())
-        if "error" in answer:
+        answer = msgspec.msgpack.decode(socket.recv(), type=Answer)
+        if answer["error"]:
             raise RuntimeError(f"the draft server says: {answer['error']}")
+        rows = _unpack(answer["rows"])
         with self._lock:
             if answer["epoch"] != self._epoch or self._lost:
                 # What was sent or is held is of other weights, or was lost on the way: all of it anew.
                 self._epoch, self._void = answer["epoch"], True
                 self._updates, self._news = [], []
             else:
-                self._news += _unpack(answer["rows"])
+                self._news += rows
             if self._lost:
                 logger.warning("Seer: the draft server at %s answers again", self.address)
             self._lost = False
@@ -176,6 +199,7 @@ class DraftService:
         self._socket = self._context.socket(zmq.REP)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVTIMEO, 200)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
         try:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
@@ -222,31 +246,36 @@ class DraftService:
             except zmq.Again:
                 continue
             try:
-                body = msgspec.msgpack.decode(message)
+                body = msgspec.msgpack.decode(message, type=Request)
                 with self._lock:
                     answer = self._answer(body)
-            except (ValueError, KeyError, TypeError, AttributeError, msgspec.MsgspecError) as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
+            except ValueError as error:  # msgspec's errors are ValueErrors
+                answer = Answer(epoch=self._server.epoch, rows=[], error=str(error))
             self._socket.send(msgspec.msgpack.encode(answer))
 
-    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, body: Request) -> Answer:
         self._counts[body["engine"]] = body["counts"]
-        if body["epoch"] != self._server.epoch:
-            return {"epoch": self._server.epoch, "rows": []}
-        for group, response, position, tokens in _unpack(body["updates"]):
-            self._server.append(group, response, position, tokens)
+        if len(self._counts) > MAX_ENGINES:
+            del self._counts[next(iter(self._counts))]
+        rows: list[Update] = []
+        if body["epoch"] == self._server.epoch:
+            for group, response, position, tokens in _unpack(body["updates"]):
+                self._server.append(group, response, position, tokens)
+            rows = self._lacking(body["cursors"])
+        return Answer(epoch=self._server.epoch, rows=_pack(rows), error="")
+
+    def _lacking(self, held: dict[str, dict[str, int]]) -> list[Update]:
+        """What lies behind the cursors, `REPLY_TOKENS` of it at most."""
         rows: list[Update] = []
         room = REPLY_TOKENS
-        for group, cursors in body["cursors"].items():
-            if room <= 0:
-                break
+        for group, cursors in held.items():
             delta = self._server.fetch(group, cursors, self._server.epoch)
             for response, tokens in delta.tokens.items():
                 rows.append((group, response, cursors.get(response, 0), tokens[:room]))
                 room -= len(tokens)
                 if room <= 0:
-                    break
-        return {"epoch": self._server.epoch, "rows": _pack(rows)}
+                    return rows
+        return rows
 
 
 def main() -> None:

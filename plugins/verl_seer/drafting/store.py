@@ -116,6 +116,8 @@ class DraftServer:
             return Delta(self.epoch, {})
         log = self._touch(group_id)
         known = cursors if epoch == self.epoch else {}
+        if min(known.values(), default=0) < 0:
+            raise ValueError(f"cursors must not be negative, got {min(known.values())} in group {group_id!r}")
         rows = {request: tokens[known.get(request, 0) :] for request, tokens in log.requests.items()}
         return Delta(self.epoch, {request: tokens for request, tokens in rows.items() if tokens})
 
@@ -258,8 +260,10 @@ class GroupDrafter:
         """
         group = self._groups.get(group_id)
         held = 0 if group is None else group.positions.get(request_id, 0)
+        if group is None or not 0 <= position <= held:
+            return 0
         fresh = tokens[held - position :]
-        if group is None or position > held or len(fresh) == 0:
+        if len(fresh) == 0:
             return 0
         self.append(group_id, request_id, fresh)
         return len(fresh)

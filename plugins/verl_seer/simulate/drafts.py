@@ -91,7 +91,9 @@ def _adaptive(engine: Engine, high: int, siblings: float, drafting: Drafting) ->
 
     def cost(paths: int) -> float:
         costs, alpha = BatchCosts(engine.costs, engine.kv, paths), acceptance(siblings, paths)
-        return time_per_token(costs, batch, best_length(costs, batch, alpha, config.gamma_max), alpha)
+        tokens = [tokens_per_step(alpha, length) for length in range(config.gamma_max + 1)]
+        length = best_length(costs, batch, tokens)
+        return time_per_token(costs, batch, length, tokens[length])
 
     paths = min(PATHS, key=cost) if drafting.multi_path else 1
     alpha = acceptance(siblings, paths)

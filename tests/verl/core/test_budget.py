@@ -102,8 +102,9 @@ def test_two_equal_classes_get_what_brute_force_finds_best(size, beta, rule):
 @given(batch=st.integers(1, 400), alphas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)))
 def test_drafts_get_longer_with_acceptance_and_shorter_with_the_batch(batch, alphas):
     low, high = sorted(alphas)
-    assert best_length(Costs(), batch, low, 8) <= best_length(Costs(), batch, high, 8)
-    assert best_length(Costs(), 2 * batch, high, 8) <= best_length(Costs(), batch, high, 8)
+    few, many = ([tokens_per_step(alpha, n) for n in range(9)] for alpha in (low, high))
+    assert best_length(Costs(), batch, few) <= best_length(Costs(), batch, many)
+    assert best_length(Costs(), 2 * batch, many) <= best_length(Costs(), batch, many)
 
 
 def test_drafting_stops_where_it_costs():
@@ -115,7 +116,18 @@ def test_drafting_stops_where_it_costs():
 def test_tokens_per_step_is_the_sum_of_the_powers():
     for alpha in (0.0, 0.3, 0.9, 1.0):
         assert tokens_per_step(alpha, 5) == pytest.approx(sum(alpha**i for i in range(6)), rel=1e-12)
-    assert time_per_token(Costs(), 3, 0, 0.7) == Costs().forward(3, 0)
+    assert time_per_token(Costs(), 3, 0, 1.0) == Costs().forward(3, 0)
+
+
+def test_measured_drafts_are_counted_as_they_are():
+    """Right once in ten at first, nearly always after that: 8 tokens are worth 1.7, where their mean promises 5.5."""
+    beta, made = [0.1, *[0.95] * 7], [1.0] * 8
+    costs = Costs(token=1.0)
+    assert draft_budget(0, 4, beta, costs, BudgetConfig()).low > 0
+    assert draft_budget(0, 4, beta, costs, BudgetConfig(), made).low == 0
+    right = [0.95] * 8
+    assert draft_budget(0, 4, right, costs, BudgetConfig(), made).low > 0
+    assert draft_budget(0, 4, right, costs, BudgetConfig(), [0.0] * 8).low == 0
 
 
 @pytest.mark.parametrize(
@@ -126,6 +138,11 @@ def test_tokens_per_step_is_the_sum_of_the_powers():
         (lambda: BudgetConfig(lam=0), "lam must be positive"),
         (lambda: draft_budget(-1, 2, [1.0] * 8, Costs(), BudgetConfig()), "must not be negative"),
         (lambda: draft_budget(1, 2, [1.0] * 7, Costs(), BudgetConfig()), r"gamma_max \(8\) values, got 7"),
+        (
+            lambda: draft_budget(1, 2, [1.0] * 8, Costs(), BudgetConfig(), [0.5] * 7),
+            "made must have gamma_max",
+        ),
+        (lambda: draft_budget(1, 2, [1.0] * 8, Costs(), BudgetConfig(), [1.5] * 8), r"shares in \[0, 1\]"),
         (lambda: draft_budget(1, 2, [1.1] * 8, Costs(), BudgetConfig()), r"probabilities in \[0, 1\]"),
         (
             lambda: draft_budget(1, 2, [0.1, 0.9] * 4, Costs(), BudgetConfig("cumulative")),

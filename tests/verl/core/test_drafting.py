@@ -18,7 +18,7 @@ from verl_seer.drafting.lengths import DraftLengths, MadeDrafts, StepTimes
 from verl_seer.drafting.names import chunk_name, parse_chunk, response_name
 from verl_seer.drafting.reference import ReferenceIndex
 from verl_seer.drafting.store import PROMPT_TAIL, DraftServer, GroupDrafter
-from verl_seer.drafting.types import DraftOptions
+from verl_seer.drafting.types import TOKEN_LIMIT, DraftOptions
 
 VOCABULARY = 50
 
@@ -81,7 +81,7 @@ def test_lengths_follow_costs_and_acceptance(per_token, right, least, most):
     chosen = (8, 8)
     for _ in range(1500):
         chosen = lengths.next(1, 3)
-        lengths.ran(4 * (1 + chosen[1]), 1e-2 + per_token * 4 * (1 + chosen[1]))
+        lengths.ran(4 * (1 + chosen[1]), 4 * chosen[1], 1e-2 + per_token * 4 * (1 + chosen[1]))
         lengths.drafted(4, 1e-6)
         for _ in range(4):
             n = chosen[1]
@@ -99,7 +99,7 @@ def test_drafts_that_few_requests_have_do_not_pay_for_slower_steps(share, drafts
     for _ in range(2000):
         allowed = lengths.next(2, 14)[1]
         made = [allowed if rng.random() < share else 0 for _ in range(16)] if allowed else []
-        lengths.ran(16 + sum(made), 6e-3 if sum(made) else 4e-3)
+        lengths.ran(16 + sum(made), sum(made), 6e-3 if sum(made) else 4e-3)
         for n in made:
             lengths.made.record(allowed, n)
             lengths.verified(n, n)
@@ -117,7 +117,7 @@ def test_made_drafts_are_counted_by_position():
 def test_lengths_are_those_of_the_algorithm():
     lengths = DraftLengths(BudgetConfig(gamma_max=4), explore=0)
     for n in (4, 8, 12, 16, 20):
-        lengths.ran(n, 0.01 + 0.001 * n)
+        lengths.ran(n, n - 4, 0.01 + 0.001 * n)
     for _ in range(200):
         lengths.verified(4, 2)
 
@@ -126,9 +126,9 @@ def test_lengths_are_those_of_the_algorithm():
             return 0.0
 
         def forward(self, batch, length):
-            return lengths.times.seconds(batch * (length + 1))
+            return lengths.with_drafts.seconds(batch * (length + 1))
 
-    want = draft_budget(1, 3, lengths.acceptance.chained(), Costs(), lengths.config)
+    want = draft_budget(1, 3, lengths.acceptance.chained(), Costs(), lengths.config, [1.0] * 4)
     assert lengths.next(1, 3) == (want.high, want.low)
 
 
@@ -269,6 +269,22 @@ def test_engines_hold_what_their_groups_have_said(seed, engines):
                 assert engine.groups.draft(group, name, options) == whole.draft(name, options)
 
 
+def test_tokens_that_the_model_does_not_have_are_not_taken(caplog):
+    server = DraftServer(TOKEN_LIMIT)
+    engine = Engine(Direct(server))
+    engine.rows["a"] = ([1, 2, 3], [])
+    engine.step({"a": [4]})
+    group = engine.drafter._groups.groups[0]
+    engine.drafter._news.extend(
+        [(group, "x", 0, array("i", [VOCABULARY])), (group, "y", -1, array("i", [1, 2]))]
+    )
+    engine.step({"a": [5]})
+    assert "what the draft server sent is not taken" in caplog.text
+    engine.drafter._news.append((group, "y", -1, array("i", [1, 2])))
+    engine.step({"a": [6]})
+    assert list(engine.drafter._groups.cursors(group).values()) == [3], "its own tokens alone"
+
+
 def test_a_draft_ends_at_the_requests_limit():
     engine = Engine(max_draft=8)
     engine.rows = {"g:0:r:0~0:0:0": ([1, 2, 3], [])}
@@ -380,7 +396,7 @@ def test_a_dead_server_is_warned_of_once_and_found_again(link_module, monkeypatc
         service.close()
 
 
-def test_the_service_answers_nonsense_and_goes_on(link_module):
+def test_the_service_answers_nonsense_and_goes_on(link_module, monkeypatch):
     import msgspec
     import zmq
 
@@ -394,16 +410,61 @@ def test_the_service_answers_nonsense_and_goes_on(link_module):
     late = {**good, "updates": [("g", "r", 5, b"\1\0\0\0")]}
     odd = {**good, "updates": [("g", "r", 0, b"\1\0\0")]}
     wrong = {**good, "updates": [("g", "r", 0, array("i", [99]).tobytes())]}
+    named = {**good, "engine": 3}
+    first = {**good, "updates": [("g", "r", 0, array("i", [1]).tobytes())]}
+    before = {**good, "cursors": {"g": {"r": -1}}}
     try:
-        for message in (b"", b"\xff\xff", *map(msgspec.msgpack.encode, ([1], {}, late, odd, wrong))):
+        socket.send(msgspec.msgpack.encode(first))
+        assert msgspec.msgpack.decode(socket.recv())["error"] == ""
+        bad = map(msgspec.msgpack.encode, ([1], {}, late, odd, wrong, named, before))
+        for message in (b"", b"\xff\xff", *bad):
             socket.send(message)
-            assert "error" in msgspec.msgpack.decode(socket.recv())
+            assert msgspec.msgpack.decode(socket.recv())["error"]
         socket.send(msgspec.msgpack.encode(good))
-        assert msgspec.msgpack.decode(socket.recv()) == {"epoch": 0, "rows": []}
+        assert msgspec.msgpack.decode(socket.recv()) == {"epoch": 0, "rows": [], "error": ""}
+        monkeypatch.setattr(link_module, "MAX_MESSAGE", 1000)
+        small = link_module.DraftService(DraftServer(VOCABULARY), "tcp://127.0.0.1:0")
+        link = link_module.DraftLink(small.address, "a", timeout=0.3)
+        link.offer([("g", "r", 0, array("i", [1] * 1000))], {}, {})
+        until(lambda: link.lost)
+        assert small.stats()["tokens"] == 0
+        link.close()
+        small.close()
     finally:
         socket.close()
         context.term()
         service.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\xc1",
+        {"epoch": 0},
+        {"epoch": 0, "rows": [("g", "r", "0", b"")], "error": ""},
+        {"epoch": 0, "rows": [("g", "r", 0, b"123")], "error": ""},
+    ],
+    ids=["no message", "no rows", "a position that is no number", "half a token"],
+)
+def test_an_answer_that_is_none_is_a_lost_server(link_module, answer, caplog):
+    import msgspec
+    import zmq
+
+    context = zmq.Context()
+    server = context.socket(zmq.REP)
+    server.setsockopt(zmq.RCVTIMEO, 60_000)
+    port = server.bind_to_random_port("tcp://127.0.0.1")
+    link = link_module.DraftLink(f"tcp://127.0.0.1:{port}", "a")
+    try:
+        link.offer([], {}, {})
+        server.recv()
+        server.send(answer if isinstance(answer, bytes) else msgspec.msgpack.encode(answer))
+        until(lambda: link.lost)
+        assert link.take() == (False, [])
+        assert "drafting goes on from this engine's own responses alone" in caplog.text
+    finally:
+        link.close()
+        context.destroy(0)
 
 
 def test_a_service_says_that_its_address_is_taken(link_module):
