@@ -66,11 +66,14 @@ def kda_decode(
     }
     qkv, g, gate = map(_triton.rows, (qkv, g, gate))
     raw_out = torch.empty((qkv.shape[0], value_heads, V), dtype=torch.float32, device=qkv.device)
+    keys = None
+    if cu_seqlens is not None:
+        keys = torch.empty((qkv.shape[0], options.num_heads, 2, K), dtype=torch.float32, device=qkv.device)
     _triton.launch(
         kernels.decode_kernel, (count, options.num_heads), qkv,
         qkv, g, beta, gate, conv_weight, conv_state, state, state_indices.contiguous(), A_log.reshape(-1),
         None if dt_bias is None else dt_bias.reshape(-1), norm_weight.contiguous(),
-        _contiguous(cu_seqlens), _contiguous(num_accepted_tokens), out, raw_out,
+        _contiguous(cu_seqlens), _contiguous(num_accepted_tokens), out, raw_out, keys,
         qkv.stride(0), *g.stride()[:2], *beta.stride(), *gate.stride()[:2], *conv_weight.stride(),
         *conv_state.stride(), *state.stride()[:3], out.stride(0),
         qkv.shape[0], slots, V, options.scale, options.lower_bound or 0.0, options.norm_eps,

@@ -660,9 +660,24 @@ def _shift_history(
 
 
 @triton.jit
+def _query_key(
+    qkv, conv_weight, history, q_channel, k_channel, in_key, first, i, scale,
+    qkv_stride_t, weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W: tl.constexpr,
+):  # fmt: skip
+    """q times the scale and k of a sequence's token i, after convolution and L2 norm; two of [KP] float32."""
+    x = _convolved(qkv, conv_weight, history, q_channel, in_key, first, i, qkv_stride_t,
+                   weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
+    y = _convolved(qkv, conv_weight, history, k_channel, in_key, first, i, qkv_stride_t,
+                   weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
+    x *= tl.rsqrt(tl.sum(x * x, axis=0) + NORM_EPS) * scale
+    y *= tl.rsqrt(tl.sum(y * y, axis=0) + NORM_EPS)
+    return x, y
+
+
+@triton.jit
 def decode_kernel(
     qkv, g, beta, gate, conv_weight, conv_state, state, state_indices, A_log, dt_bias, norm_weight,
-    cu_seqlens, num_accepted, out, raw_out,
+    cu_seqlens, num_accepted, out, raw_out, keys,
     qkv_stride_t, g_stride_t, g_stride_h, beta_stride_t, beta_stride_h, gate_stride_t, gate_stride_h,
     weight_stride_c, weight_stride_w, conv_stride_n, conv_stride_e, conv_stride_c,
     state_stride_n, state_stride_h, state_stride_v, out_stride_t,
@@ -674,7 +689,9 @@ def decode_kernel(
     """A layer's step for one sequence and one head of q and k, with all of its value heads; grid (N, H).
 
     One program owns the pool entries of its channels, so that they can be shifted in place. BV rows of the state are
-    in registers at a time; raw_out [tokens, HV, V] float32 keeps the outputs until their norm is known.
+    in registers at a time; raw_out [tokens, HV, V] float32 keeps the outputs until their norm is known. Where a
+    sequence may have several tokens, keys [tokens, H, 2, K] float32 has their q and k: made once for all rows of the
+    state, and out of the way of the loop that needs the registers.
     """
     n = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -708,6 +725,16 @@ def decode_kernel(
     pool = conv_state + own_slot * conv_stride_n
     history = pool + (accepted - 1) * conv_stride_e
     q_channel, k_channel = head * K + c, (H + head) * K + c
+    if PACKED:
+        for token in tl.range(first, end):
+            x, y = _query_key(
+                qkv, conv_weight, history, q_channel, k_channel, in_key, first, token - first, scale,
+                qkv_stride_t, weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W,
+            )  # fmt: skip
+            at = keys + (token * H + head) * 2 * K + c
+            tl.store(at, x, mask=in_key)
+            tl.store(at + K, y, mask=in_key)
+        tl.debug_barrier()
     for group in tl.static_range(0, GROUPS):
         value_head = head * GROUPS + group
         rate = tl.exp(tl.load(A_log + value_head).to(tl.float32))
@@ -723,14 +750,17 @@ def decode_kernel(
             S = tl.load(at_head + start_slot * state_stride_n, mask=inside, other=0.0)
             for token in tl.range(first, end):
                 i = token - first
-                x = _convolved(qkv, conv_weight, history, q_channel, in_key, first, i, qkv_stride_t,
-                               weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
-                y = _convolved(qkv, conv_weight, history, k_channel, in_key, first, i, qkv_stride_t,
-                               weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
+                if PACKED:
+                    at = keys + (token * H + head) * 2 * K + c
+                    x = tl.load(at, mask=in_key, other=0.0)
+                    y = tl.load(at + K, mask=in_key, other=0.0)
+                else:
+                    x, y = _query_key(
+                        qkv, conv_weight, history, q_channel, k_channel, in_key, first, i, scale,
+                        qkv_stride_t, weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W,
+                    )  # fmt: skip
                 value = _convolved(qkv, conv_weight, history, v_channel, in_block, first, i, qkv_stride_t,
                                    weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
-                x *= tl.rsqrt(tl.sum(x * x, axis=0) + NORM_EPS) * scale
-                y *= tl.rsqrt(tl.sum(y * y, axis=0) + NORM_EPS)
                 raw = tl.load(g + token * g_stride_t + value_head * g_stride_h + c, mask=in_key, other=0.0)
                 S *= tl.exp2(_log2_decay(raw.to(tl.float32), bias, rate, lower_bound, GATE))[None, :]
                 strength = tl.load(beta + token * beta_stride_t + value_head * beta_stride_h).to(tl.float32)
@@ -889,7 +919,7 @@ def aot_variants() -> list[Variant]:
         add("kda_recurrent", recurrent_kernel, signature, recurrent_config(K, V), constants)
     for K, V in ((64, 64), (128, 128), (256, 256)):
         inputs = dict.fromkeys(("qkv", "g", "beta", "gate", "conv_weight", "conv_state", "out"), "*bf16")
-        fixed = dict.fromkeys(("state", "A_log", "dt_bias", "norm_weight", "raw_out"), "*fp32")
+        fixed = dict.fromkeys(("state", "A_log", "dt_bias", "norm_weight", "raw_out", "keys"), "*fp32")
         offsets = dict.fromkeys(("state_indices", "cu_seqlens", "num_accepted"), "*i32")
         strides = _strides(
             qkv="t", g="th", beta="th", gate="th", weight="cw", conv="nec", state="nhvk", out="t"
