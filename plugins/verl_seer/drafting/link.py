@@ -38,7 +38,7 @@ class Request(TypedDict):
     epoch: int
     updates: list[Row]
     cursors: dict[str, dict[str, int]]
-    counts: dict[str, float]
+    counts: dict[str, int | float]
 
 
 class Answer(TypedDict):

@@ -355,6 +355,7 @@ def test_links_carry_tokens_and_new_weights(link_module):
         until(lambda: b._news)
         assert b.take() == (False, [("g", "r", 1, array("i", [2, 3]))])
         assert service.stats()["engines"] == {"a": {"steps": 1}, "b": {"steps": 2}}
+        assert isinstance(service.stats()["engines"]["a"]["steps"], int), "a count stays one"
         service.new_weights()
         for link in (a, b):
             link.offer([("g", "r", 3, array("i", [4]))], {"g": {}}, {})
