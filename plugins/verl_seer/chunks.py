@@ -115,8 +115,7 @@ def stop_token_ids(*sources: Any) -> frozenset[int]:
 class Parts:
     """The chunks of one response, joined as they come.
 
-    `extra` holds the first chunk's extra fields (what was cached of the prompt) with the versions of the weights
-    brought up to date.
+    `extra` holds the first chunk's extra fields: what was cached of the prompt, the step of the weights.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -131,9 +130,11 @@ class Parts:
         """Appends a verl ``TokenOutput``.
 
         Raises:
-            ValueError: the chunk's log-probabilities do not go with its tokens, or only some chunks have them.
+            ValueError: the chunk's log-probabilities do not go with its tokens, only some chunks have them, or the
+                chunk was sampled with other weights than those before it.
         """
         new = list(output.token_ids)
+        self._same_weights(output.extra_fields)
         if output.log_probs is not None and len(output.log_probs) != len(new):
             raise ValueError(
                 f"log_probs must have one value a token, got {len(output.log_probs)} of {len(new)}"
@@ -146,21 +147,18 @@ class Parts:
             self.routed_experts = _joined(self.routed_experts, output.routed_experts, len(new))
         if output.num_preempted is not None:
             self.num_preempted = (self.num_preempted or 0) + output.num_preempted
-        self._versions(output.extra_fields)
         self.tokens += new
         self.stop_reason = output.stop_reason
         self.chunks += 1
 
-    def _versions(self, fields: Mapping[str, Any]) -> None:
+    def _same_weights(self, fields: Mapping[str, Any]) -> None:
         if not self.chunks:
             self.extra = dict(fields)
-            return
-        for name, choose in (("min_global_steps", min), ("max_global_steps", max)):
-            known = [x[name] for x in (self.extra, fields) if x.get(name) is not None]
-            if known:
-                self.extra[name] = choose(known)
-        if "global_steps" in fields:
-            self.extra["global_steps"] = fields["global_steps"]
+        elif fields.get("global_steps") != self.extra.get("global_steps"):
+            raise ValueError(
+                f"chunks of one response were sampled with weights of steps {self.extra.get('global_steps')} and "
+                f"{fields.get('global_steps')}: all servers must have the same weights for a whole rollout"
+            )
 
 
 def _joined(before: Any, new: Any, new_tokens: int) -> Any:

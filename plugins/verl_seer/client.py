@@ -5,9 +5,11 @@ This module imports verl: only verl's processes load it (`rollout` names it).
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import itertools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,7 @@ class SeerClient(LLMServerClient):
         load_balancer_handle: actor of `verl_seer.router.SeerRouter`.
         stop_ids: the model's stop tokens.
         max_model_len: the model's context, where ``rollout.max_model_len`` leaves it to the model.
+        priorities: whether the engines are told the order of the buffer; they must schedule by priority.
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class SeerClient(LLMServerClient):
         load_balancer_handle: Any,
         stop_ids: frozenset[int] = frozenset(),
         max_model_len: int | None = None,
+        priorities: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config, load_balancer_handle=load_balancer_handle, **kwargs)
         self._stop_ids = stop_ids
         self._max_model_len = config.actor_rollout_ref.rollout.max_model_len or max_model_len
+        self._priorities = priorities
         self._granted: dict[str, Grant] = {}
         self._turns = itertools.count()
 
@@ -120,6 +125,8 @@ class SeerClient(LLMServerClient):
             grant: Grant = await self._load_balancer.next_chunk.remote(own)
             chunk_id = chunk_name(own, lives, len(parts.tokens), attempt, grant.probe)
             self._granted[chunk_id] = grant
+            if self._priorities:
+                kwargs = {**kwargs, "priority": grant.priority}
             try:
                 output = await super().generate(
                     chunk_id,
@@ -195,6 +202,24 @@ def kv_capacity(server: Any) -> int:
 def weights_step(server: Any) -> int | None:
     """The step whose weights a server got last; None if it got none since it was started (again)."""
     return ray.get(server.__ray_call__.remote(_global_steps))
+
+
+def same_weights(servers: Mapping[str, Any]) -> None:
+    """Refuses servers, id -> handle, whose weights are of different steps.
+
+    Raises:
+        ValueError: names the step of each.
+    """
+    asked = {server: handle.__ray_call__.remote(_global_steps) for server, handle in servers.items()}
+    steps = {}
+    for server, answer in asked.items():
+        with contextlib.suppress(RayActorError):  # it has died: its first chunk will tell
+            steps[server] = ray.get(answer)
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            "the servers disagree on their weights, so their samples would be of several policies: "
+            + ", ".join(f"{server} has those of step {step}" for server, step in steps.items())
+        )
 
 
 def _global_steps(actor: Any) -> int | None:

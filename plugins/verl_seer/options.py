@@ -27,6 +27,8 @@ class SeerOptions:
     Args:
         kv_tokens: KV tokens that each server holds; None asks the servers (vLLM only).
         max_running: most requests a server runs at once; None takes ``rollout.max_num_seqs``.
+        priorities: whether the engines are told the buffer's order, by which they preempt; needs
+            ``rollout.scheduling_policy=priority``. None: where that is set.
         drafting: whether the engines draft, and share drafts through a server.
         draft_tokens: most tokens drafted for a request in a step.
         kv_pool: folder in memory through which the servers of a machine share KV blocks; None shares none.
@@ -41,6 +43,7 @@ class SeerOptions:
     estimate: Estimate = SchedulerConfig.estimate
     kv_tokens: int | None = None
     max_running: int | None = None
+    priorities: bool | None = None
     drafting: bool = True
     draft_tokens: int = EngineOptions.max_draft
     draft_adaptive: bool = EngineOptions.adaptive
@@ -62,6 +65,8 @@ class SeerOptions:
         if self.order == "oracle":
             raise ValueError("seer.order must not be oracle: only a simulation knows the lengths")
         SchedulerConfig(**self.scheduler())
+        if self.priorities is not None and not isinstance(self.priorities, bool):
+            raise ValueError(f"seer.priorities must be null, true or false, got {self.priorities!r}")
         if not isinstance(self.drafting, bool):
             raise ValueError(f"seer.drafting must be true or false, got {self.drafting!r}")
         if self.kv_pool is not None and not (isinstance(self.kv_pool, str) and os.path.isabs(self.kv_pool)):
@@ -88,6 +93,19 @@ class SeerOptions:
         if unknown:
             raise ValueError(f"seer has unknown options {unknown}: it takes {', '.join(names)}")
         return cls(**given)
+
+    def use_priorities(self, policy: str | None) -> bool:
+        """Whether chunks carry a priority to engines with this ``rollout.scheduling_policy``.
+
+        Raises:
+            ValueError: they are asked for and the engines would not look at them.
+        """
+        if self.priorities and policy != "priority":
+            raise ValueError(
+                f"seer.priorities=true needs actor_rollout_ref.rollout.scheduling_policy=priority, got {policy!r}: "
+                "set it, or seer.priorities=null"
+            )
+        return policy == "priority" and self.priorities is not False
 
     def scheduler(self) -> dict[str, Any]:
         """Keywords of `SchedulerConfig`."""

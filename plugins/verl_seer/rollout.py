@@ -17,7 +17,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from verl_seer import compat
 from verl_seer.chunks import stop_token_ids
-from verl_seer.client import Origin, SeerClient, kv_capacity, origin, weights_step
+from verl_seer.client import Origin, SeerClient, kv_capacity, origin, same_weights, weights_step
 from verl_seer.drafter import CONTROL
 from verl_seer.drafting.engine import DraftCounts
 from verl_seer.drafting.link import DraftService
@@ -95,6 +95,7 @@ class SeerAgentLoopManager(AgentLoopManagerTQ):
             load_balancer_handle=llm_client._load_balancer,
             stop_ids=stops,
             max_model_len=getattr(model.hf_config, "max_position_embeddings", None),
+            priorities=options.use_priorities(config.actor_rollout_ref.rollout.get("scheduling_policy")),
         )
         super().__init__(config, client, *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(SeerAgentLoopWorker)
@@ -103,12 +104,16 @@ class SeerAgentLoopManager(AgentLoopManagerTQ):
         """As verl's. A rollout starts with empty drafts: the weights have changed since the last one.
 
         Servers that were lost and run again take part from here on, if they have got weights meanwhile.
+
+        Raises:
+            ValueError: the servers have not all got the same weights.
         """
         for server_id, server in ray.get(self._router.restarted.remote()).items():
             if weights_step(server) is not None:
                 if self._drafts is not None:
                     _connect(server, self._drafts)
                 ray.get(self._router.add_servers.remote({server_id: server}))
+        same_weights(ray.get(self._router.handles.remote()))
         if self._drafts is not None:
             try:
                 print(_said(ray.get(self._drafts.stats.remote())), flush=True)

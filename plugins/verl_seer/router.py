@@ -24,12 +24,16 @@ RESTART_SECONDS = 1800.0  # longer than any engine takes to load its model
 
 @dataclass(frozen=True)
 class Grant:
-    """One chunk that a client may run now. `server` is verl's handle of `server_id`; `probe` as in `Request`."""
+    """One chunk that a client may run now.
+
+    `server` is verl's handle of `server_id`; `probe` as in `Request`, `priority` as in `Assignment`.
+    """
 
     server_id: str
     server: Any
     max_tokens: int
     probe: bool
+    priority: int
 
 
 @dataclass
@@ -228,7 +232,9 @@ class SeerRouter:
                 break
             request_id, server_id = assignment.request_id, assignment.instance_id
             probe = self._scheduler.request(request_id).probe
-            grant = Grant(server_id, self._servers[server_id], assignment.max_tokens, probe)
+            grant = Grant(
+                server_id, self._servers[server_id], assignment.max_tokens, probe, assignment.priority
+            )
             self._grants[request_id].set_result(grant)
             if request_id in self._cancelled:
                 self._finish(request_id)

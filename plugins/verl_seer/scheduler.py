@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from verl_seer.context import ESTIMATES, ORDERS, Estimate, LengthContext, Order, TrueLength
 from verl_seer.state import Assignment, Instance, Request, Status
 
+PROBES_FIRST = 1 << 31  # more than any response has tokens, and `LengthContext` estimates no more than its limit
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -186,7 +188,7 @@ class Scheduler:
         request.reserved = request.context_tokens + tokens
         instance.running.add(request.request_id)
         instance.kv_reserved += request.reserved
-        return Assignment(request.request_id, instance.instance_id, tokens, previous)
+        return Assignment(request.request_id, instance.instance_id, tokens, previous, self._urgency(request))
 
     def completed(self, request_id: str, new_tokens: int, finished: bool) -> None:
         """A chunk has ended with `new_tokens` tokens.
@@ -227,6 +229,12 @@ class Scheduler:
         if self.config.order == "context":
             return -self.context.estimate(request.group_id)
         return self._arrival[request.request_id] if self.config.order == "arrival" else 0
+
+    def _urgency(self, request: Request) -> int:
+        """The order of the buffer as one number, smallest first, for engines that have an order of their own."""
+        if request.probe and self.config.order == "context":
+            return request.generated - PROBES_FIRST
+        return self._key(request)
 
     def _enqueue(self, request: Request) -> None:
         ticket = next(self._ticket)

@@ -87,3 +87,4 @@ class Assignment:
     instance_id: str
     max_tokens: int
     previous_instance_id: str | None  # where the KV of the earlier chunks was made; None for the first chunk
+    priority: int  # its place in the buffer's order, smallest first

@@ -19,7 +19,7 @@ ray = pytest.importorskip("ray")
 from omegaconf import OmegaConf  # noqa: E402
 from verl.workers.rollout.replica import TokenOutput  # noqa: E402
 
-from verl_seer.client import Origin, SeerClient, origin  # noqa: E402
+from verl_seer.client import Origin, SeerClient, origin, same_weights  # noqa: E402
 from verl_seer.rollout import RouterActor  # noqa: E402
 
 STOP = 1
@@ -55,11 +55,15 @@ class Server:
     """Generates as `next_token` says; exits in the middle of its `die_at`-th chunk; refuses a prompt that starts
     with 13."""
 
-    def __init__(self, die_at: int | None = None) -> None:
-        self._die_at, self._chunks = die_at, 0
+    def __init__(self, die_at: int | None = None, step: int = 3) -> None:
+        self._die_at, self._chunks, self.global_steps = die_at, 0, step
+        self.priorities: list[int] = []
 
-    async def generate(self, prompt_ids, sampling_params, request_id, image_data=None, video_data=None):
+    async def generate(
+        self, prompt_ids, sampling_params, request_id, image_data=None, video_data=None, priority=None
+    ):
         self._chunks += 1
+        self.priorities.append(priority)
         number = self._chunks
         if prompt_ids[0] == 13:
             raise ValueError("13 brings bad luck")
@@ -73,7 +77,7 @@ class Server:
             token_ids=out,
             log_probs=[-float(t) for t in out],
             stop_reason="completed",
-            extra_fields={"global_steps": 3},
+            extra_fields={"global_steps": self.global_steps},
         )
 
 
@@ -88,15 +92,18 @@ def cluster():
     ray.shutdown()
 
 
-def client(die_at=(None, None), **options):
+def client(die_at=(None, None), steps=(3, 3), priorities=False, **options):
     make = ray.remote(max_restarts=0)(Server)
     global servers  # an actor ends with the last handle to it
-    servers = {f"s{i}": make.options(num_cpus=0).remote(n) for i, n in enumerate(die_at)}
+    servers = {f"s{i}": make.options(num_cpus=0).remote(*x) for i, x in enumerate(zip(die_at, steps))}
     router = RouterActor.options(num_cpus=0).remote(
         servers, {"router_class": "verl_seer.rollout.RouterActor"}
     )
     ray.get(router.configure.remote({"chunk_size": 8, **options}, dict.fromkeys(servers, (600, 4))))
-    return SeerClient(config=CONFIG, load_balancer_handle=router, stop_ids=frozenset({STOP})), router
+    c = SeerClient(
+        config=CONFIG, load_balancer_handle=router, stop_ids=frozenset({STOP}), priorities=priorities
+    )
+    return c, router
 
 
 async def sample(c, group, session, prompt):
@@ -127,6 +134,43 @@ def test_chunks_make_the_whole_response_even_if_a_server_dies(die_at):
     assert counts["chunks"] == sum(-(-len(w) // 8) for w in want)
     assert (counts["lost"] > 0) == (die_at != (None, None))
     assert len(ray.get(router.get_all_servers.remote())) == die_at.count(None)
+
+
+@pytest.mark.parametrize("priorities", [False, True])
+def test_engines_that_schedule_by_priority_are_told_the_order(priorities):
+    """The first of each group is its probe, and before all others."""
+    c, _ = client(priorities=priorities)
+
+    async def rollout():
+        return await asyncio.gather(*(sample(c, *p) for p in prompts()))
+
+    asyncio.run(asyncio.wait_for(rollout(), 120))
+    told = [n for s in servers.values() for n in ray.get(s.__ray_call__.remote(lambda actor: actor.priorities))]
+    if not priorities:
+        assert set(told) == {None}
+        return
+    probes = [n for n in told if n < -1000]
+    chunks_of_probes = sum(-(-len(whole(prompt)) // 8) for _, session, prompt in prompts() if session == 0)
+    assert len(probes) == chunks_of_probes < len(told)
+    assert all(-64 <= n < 0 for n in told if n not in probes)  # minus what the group is thought to grow to
+
+
+def test_servers_with_other_weights_are_refused():
+    """Before a rollout, and where it happens in one: no response is made of two policies."""
+    c, _ = client(steps=(3, 4), affinity_spread=0)
+    with pytest.raises(ValueError, match=r"disagree on their weights.*s0 has those of step 3, s1 .* of step 4"):
+        same_weights(servers)
+
+    async def rollout():
+        return await asyncio.gather(*(sample(c, *p) for p in prompts()), return_exceptions=True)
+
+    outputs = asyncio.run(asyncio.wait_for(rollout(), 120))
+    refused = [o for o in outputs if isinstance(o, ValueError)]
+    assert refused and all("weights of steps" in str(o) for o in refused)
+    mixed = [o for o in outputs if o not in refused and o.extra_fields["global_steps"] not in (3, 4)]
+    assert not mixed
+    client()
+    same_weights(servers)
 
 
 def test_an_error_of_a_request_is_its_own():

@@ -179,6 +179,7 @@ def test_seer_samples_what_stock_verl_samples(tmp_path):
         "seer.draft_min_score=0",
         f"seer.kv_pool={tmp_path}/kv",
         "seer.affinity_spread=0",  # chunks move as soon as the other server runs less
+        "actor_rollout_ref.rollout.scheduling_policy=priority",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=32",
     )
     seer = texts(samples)

@@ -104,11 +104,14 @@ def test_parts_are_joined_in_order():
     parts.add(
         output([1, 2], [-0.1, -0.2], 1, global_steps=4, min_global_steps=4, max_global_steps=4, cached=7)
     )
-    parts.add(output([3], [-0.3], None, global_steps=5, min_global_steps=5, max_global_steps=5, cached=9))
-    parts.add(output([4], [-0.4], 2, global_steps=5, min_global_steps=5, max_global_steps=5, cached=9))
+    parts.add(output([3], [-0.3], None, global_steps=4, min_global_steps=4, max_global_steps=4, cached=9))
+    parts.add(output([4], [-0.4], 2, global_steps=4, min_global_steps=4, max_global_steps=4, cached=9))
     assert parts.tokens == [1, 2, 3, 4] and parts.log_probs == [-0.1, -0.2, -0.3, -0.4]
     assert parts.num_preempted == 3 and parts.chunks == 3
-    assert parts.extra == {"global_steps": 5, "min_global_steps": 4, "max_global_steps": 5, "cached": 7}
+    assert parts.extra == {"global_steps": 4, "min_global_steps": 4, "max_global_steps": 4, "cached": 7}
+    with pytest.raises(ValueError, match="weights of steps 4 and 5: all servers must have the same"):
+        parts.add(output([5], [-0.5], global_steps=5))
+    assert parts.tokens == [1, 2, 3, 4] and parts.chunks == 3
 
 
 def test_parts_without_log_probs_have_none():

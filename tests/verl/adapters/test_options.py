@@ -39,6 +39,7 @@ def test_options_reach_the_engine():
     ("given", "said"),
     [
         ({"drafting": "no"}, "seer.drafting must be true or false, got 'no'"),
+        ({"priorities": "high"}, "seer.priorities must be null, true or false, got 'high'"),
         ({"draft_tokens": 0}, "seer.draft_.*: max_draft must be an integer of at least 1, got 0"),
         ({"draft_min_score": 2}, r"min_score must be in \[0, 1\], got 2"),
         ({"kv_pool": True}, "seer.kv_pool must be null or an absolute path, got True"),
@@ -50,6 +51,15 @@ def test_options_reach_the_engine():
 def test_bad_options_are_named(given, said):
     with pytest.raises(ValueError, match=said):
         SeerOptions.of({"seer": given})
+
+
+def test_priorities_need_an_engine_that_looks_at_them():
+    assert SeerOptions().use_priorities("priority") and not SeerOptions().use_priorities("fcfs")
+    assert not SeerOptions(priorities=False).use_priorities("priority")
+    assert SeerOptions(priorities=True).use_priorities("priority")
+    for policy in ("fcfs", None):
+        with pytest.raises(ValueError, match=r"scheduling_policy=priority, got .*set it, or seer.priorities=null"):
+            SeerOptions(priorities=True).use_priorities(policy)
 
 
 def test_the_yaml_names_every_option():

@@ -104,6 +104,24 @@ def test_probes_go_first_and_the_one_with_least_generated_before_the_others():
     assert order == ["0.0", "1.0", "2.0", "0.0", "1.0"]
 
 
+@pytest.mark.parametrize("order", ["context", "arrival"])
+def test_priorities_are_the_order_of_the_buffer(order):
+    """Handed out at once, chunks have rising numbers: an engine that sorts by them runs them as they were chosen."""
+    s, true = scheduler([[40, 9, 9], [20, 30, 9], [50, 50]], instances=1, running=8, chunk=8, fairness=0, order=order)
+    seen = set()
+    for _ in range(4):
+        chunks = []
+        while (a := s.next_assignment()) is not None:
+            chunks.append(a)
+        assert [a.priority for a in chunks] == sorted(a.priority for a in chunks)
+        seen |= {a.priority for a in chunks}
+        if order == "context":
+            assert all((a.priority < -1000) == s.request(a.request_id).probe for a in chunks)
+        for a in chunks:
+            finish(s, true, a)
+    assert len(seen) > 3
+
+
 def test_others_go_longest_first_and_a_group_without_a_finished_request_counts_as_longest():
     s, true = scheduler([[3, 9], [20, 9], [40, 9]], chunk=40, instances=1, running=1, fairness=0, limit=50)
     for probe in ("0.0", "1.0"):
