@@ -19,6 +19,12 @@ OLDEST, BEFORE = (1, 0), (2, 0)
 TABLE_SYMBOL = "_ZTV17nixlBackendEngine"
 TABLE_BYTES = 29 * 8
 WITNESS = "libplugin_POSIX.so"
+# The library with NIXL's plugin manager and the two of its functions that add a folder of plugins.
+CORE = "libnixl.so"
+MANAGER = "_ZN17nixlPluginManager11getInstanceEv"
+ADD_FOLDER = (
+    "_ZN17nixlPluginManager18addPluginDirectoryERKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"
+)
 
 
 @dataclass(frozen=True)
