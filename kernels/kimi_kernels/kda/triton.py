@@ -24,7 +24,7 @@ def _refuses(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, option
     return None
 
 
-class _Problem:
+class Problem:
     """One call: what both forms pass to their kernels."""
 
     def __init__(self, q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options) -> None:
@@ -77,10 +77,10 @@ class _Problem:
         return (n, h, b, a) if self.options.state_v_first else (n, h, a, b)
 
 
-class _Chunks:
+class Chunks:
     """The chunk quantities of one call, made by the launch that all chunks share."""
 
-    def __init__(self, p: _Problem, keep: bool) -> None:
+    def __init__(self, p: Problem, keep: bool) -> None:
         from . import triton_kernels as kernels
 
         config = kernels.prepare_config(p.K, p.wide)
@@ -107,18 +107,29 @@ class _Chunks:
     def pairs(self) -> tuple[Tensor, ...]:
         return self.read_key, self.query, self.write_key, self.decay, self.solve
 
-    def scan(self, out: Tensor | None, final: Tensor | None, kept: tuple[Tensor, Tensor] | None) -> None:
-        """Go through the chunks in order: to outputs and final states, or to what gradients need."""
+    def scan(
+        self,
+        out: Tensor | None,
+        final: Tensor | None,
+        kept: tuple[Tensor, Tensor] | None = None,
+        entries: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Go through the chunks in order: to outputs and final states, or to what gradients need.
+
+        entries: state_indices and has_initial_state, where the initial and final states are one pool.
+        """
         from . import triton_kernels as kernels
 
         p = self.p
         config = kernels.scan_config(p.K, p.V, p.wide)
         constants = {"HV": p.HV, "HAS_INITIAL": p.initial is not None, "PACKED": p.offsets is not None,
-                     "KEEP": kept is not None}  # fmt: skip
+                     "KEEP": kept is not None, "POOLED": entries is not None}  # fmt: skip
         _triton.launch(
             kernels.scan_kernel, (-(-p.V // config.constants["BV"]), p.N * p.HV), p.v,
             *self.pairs(), self.attend, self.strengths, p.v, p.initial, out, final, *(kept or (None, None)), p.offsets,
+            *(entries or (None, None)),
             *p.v.stride()[:3], *_token_strides(out), *p.strides_of(p.initial), *p.strides_of(final), p.T,
+            0 if p.initial is None else len(p.initial),
             config=config._replace(constants={**config.constants, **constants}),
         )  # fmt: skip
 
@@ -129,9 +140,9 @@ def _token_strides(x: Tensor | None) -> tuple[int, ...]:
 
 @dispatch.register("chunk_kda", "triton", _refuses)
 def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options):
-    p = _Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    p = Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
     out, final = p.results()
-    _Chunks(p, keep=False).scan(out, final, None)
+    Chunks(p, keep=False).scan(out, final)
     return out, final
 
 
@@ -142,11 +153,11 @@ def chunk_kda_backward(
     """Four launches: the chunks again, forth and back through the states, and all other gradients chunk by chunk."""
     from . import triton_kernels as kernels
 
-    p = _Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    p = Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
     d_out, d_state = _triton.rows(d_out.to(v.dtype)), d_state.to(torch.float32)
-    chunks = _Chunks(p, keep=True)
+    chunks = Chunks(p, keep=True)
     states, written = chunks.room(chunks.KP, p.V), chunks.room(chunks.BT, p.V)
-    chunks.scan(None, None, (states, written))
+    chunks.scan(None, None, kept=(states, written))
 
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_initial = None if initial_state is None else torch.empty_like(initial_state, dtype=torch.float32)
@@ -191,7 +202,7 @@ def chunk_kda_backward(
 def fused_recurrent_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options):
     from . import triton_kernels as kernels
 
-    p = _Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    p = Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
     out, final = p.results()
     config = kernels.recurrent_config(p.K, p.V)
     constants = {**p.input_constants(), "HAS_INITIAL": p.initial is not None}

@@ -28,10 +28,14 @@ GATE_NONE, GATE_SOFTPLUS, GATE_LOWER_BOUND = 0, 1, 2
 
 @triton.jit
 def _sequence_bounds(cu_seqlens, n, T, PACKED: tl.constexpr):
-    """First token in the packed row, and length, of sequence n; without offsets every sequence is a batch row."""
+    """First token in the packed row, and length, of sequence n; without offsets every sequence is a batch row.
+
+    The host does not read offsets that are on a GPU: wrong ones name other tokens, never memory outside of the row.
+    """
     if PACKED:
-        first = tl.load(cu_seqlens + n).to(tl.int64)
-        length = tl.load(cu_seqlens + n + 1).to(tl.int64) - first
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), first), T)
+        length = end - first
     else:
         first = n.to(tl.int64) * 0
         length = first + T
@@ -62,6 +66,13 @@ def _sequence_of_slot(cu_seqlens, slot, T, N, BT: tl.constexpr, PACKED: tl.const
     else:
         n = slot // ((T + BT - 1) // BT)
     return n
+
+
+@triton.jit
+def _pool_entry(state_indices, n, pool_slots):
+    """Whether sequence n names an entry of the pool of states, and which."""
+    entry = tl.load(state_indices + n).to(tl.int64)
+    return (entry >= 0) & (entry < pool_slots), entry
 
 
 @triton.jit
@@ -180,7 +191,7 @@ def prepare_kernel(
     n = _sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
     first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
     start = (slot - _first_slot(first, n, T, BT, PACKED)) * BT
-    if start >= length:
+    if (start < 0) | (start >= length):
         return
     batch = n * 0 if PACKED else n
     row = tl.arange(0, BT)
@@ -255,14 +266,19 @@ def prepare_kernel(
 @triton.jit
 def scan_kernel(
     read_key, query, write_key, decay, solve, attend, strengths, v, initial, out, final, states, written, cu_seqlens,
+    state_indices, resumed,
     v_stride_b, v_stride_t, v_stride_h, out_stride_b, out_stride_t, out_stride_h,
     initial_stride_n, initial_stride_h, initial_stride_k, initial_stride_v,
     final_stride_n, final_stride_h, final_stride_k, final_stride_v,
-    T,
+    T, pool_slots,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, POOLED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state of one sequence and value head from chunk to chunk, BV columns of it; grid (V / BV, N * HV).
+
+    POOLED: initial and final are one pool of states, updated in place. state_indices [N] names a sequence's entry;
+    one that names none is skipped. Where resumed [N] is 0 the state is zeros at first.
 
     To KEEP for gradients, in place of outputs: states [slots, HV, KP, V] before each chunk, and what it writes to
     them without the factor beta, written [slots, HV, BT, V].
@@ -276,10 +292,17 @@ def scan_kernel(
     column = tl.program_id(0) * BV + tl.arange(0, BV)
     in_state = (c < K)[:, None] & (column < V)[None, :]
     state = tl.zeros([KP, BV], tl.float32)
+    entry = n
+    known = n >= 0
+    if POOLED:
+        named, entry = _pool_entry(state_indices, n, pool_slots)
+        if (not named) | (length == 0):
+            return
+        known = tl.load(resumed + n) != 0
     if HAS_INITIAL:
-        at = initial + n * initial_stride_n + head * initial_stride_h
+        at = initial + entry * initial_stride_n + head * initial_stride_h
         at += c[:, None] * initial_stride_k + column[None, :] * initial_stride_v
-        state = tl.load(at, mask=in_state, other=0.0).to(tl.float32)
+        state = tl.load(at, mask=in_state & known, other=0.0).to(tl.float32)
     v_head = v + batch * v_stride_b + head * v_stride_h + column[None, :]
     if not KEEP:
         out_head = out + batch * out_stride_b + head * out_stride_h + column[None, :]
@@ -309,7 +332,7 @@ def scan_kernel(
         state *= tl.exp2(tl.load(decay + place * KP + c))[:, None]
         state += tl.dot(tl.trans(tl.load(write_key + tile)), u, input_precision=PRECISION)
     if not KEEP:
-        at = final + n * final_stride_n + head * final_stride_h
+        at = final + entry * final_stride_n + head * final_stride_h
         at += c[:, None] * final_stride_k + column[None, :] * final_stride_v
         tl.store(at, state, mask=in_state)
 
@@ -397,7 +420,7 @@ def gradient_kernel(
     n = _sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
     first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
     start = (slot - _first_slot(first, n, T, BT, PACKED)) * BT
-    if start >= length:
+    if (start < 0) | (start >= length):
         return
     batch = n * 0 if PACKED else n
     row, column = tl.arange(0, BT), tl.arange(0, BT)[None, :]
@@ -622,177 +645,6 @@ def recurrent_kernel(
     tl.store(at, state, mask=in_state)
 
 
-@triton.jit
-def _convolved(
-    qkv, conv_weight, history, channel, inside, first, i,
-    qkv_stride_t, weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W: tl.constexpr,
-):  # fmt: skip
-    """SiLU of the short convolution at token i of a sequence, for some channels; `history`: its W-1 inputs before."""
-    total = tl.zeros(channel.shape, tl.float32)
-    for tap in tl.static_range(0, W):
-        at = i + tap - (W - 1)
-        new = tl.load(qkv + (first + at) * qkv_stride_t + channel, mask=inside & (at >= 0), other=0.0)
-        if tap < W - 1:  # as the pool will hold it in the next step
-            new = new.to(history.dtype.element_ty)
-        old = tl.load(
-            history + (i + tap) * conv_stride_e + channel * conv_stride_c, mask=inside & (at < 0), other=0.0
-        )
-        weight = tl.load(
-            conv_weight + channel * weight_stride_c + tap * weight_stride_w, mask=inside, other=0.0
-        )
-        total += weight.to(tl.float32) * (new.to(tl.float32) + old.to(tl.float32))
-    return total * tl.sigmoid(total)
-
-
-@triton.jit
-def _shift_history(
-    qkv, pool, channel, inside, first, count, accepted, qkv_stride_t, conv_stride_e, conv_stride_c, W: tl.constexpr
-):  # fmt: skip
-    """Entries of a slot become the history without its oldest input, then this step's inputs."""
-    for entry in tl.range(0, W - 2 + count):
-        at = entry + 1 - (W - 1)
-        new = tl.load(qkv + (first + at) * qkv_stride_t + channel, mask=inside & (at >= 0), other=0.0)
-        # Entries are read above those that are written, so that the order of the loop suffices.
-        kept = pool + (accepted + entry) * conv_stride_e + channel * conv_stride_c
-        old = tl.load(kept, mask=inside & (at < 0), other=0.0)
-        value = tl.where(at >= 0, new.to(old.dtype), old)
-        tl.store(pool + entry * conv_stride_e + channel * conv_stride_c, value, mask=inside)
-
-
-@triton.jit
-def _query_key(
-    qkv, conv_weight, history, q_channel, k_channel, in_key, first, i, scale,
-    qkv_stride_t, weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W: tl.constexpr,
-):  # fmt: skip
-    """q times the scale and k of a sequence's token i, after convolution and L2 norm; two of [KP] float32."""
-    x = _convolved(qkv, conv_weight, history, q_channel, in_key, first, i, qkv_stride_t,
-                   weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
-    y = _convolved(qkv, conv_weight, history, k_channel, in_key, first, i, qkv_stride_t,
-                   weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
-    x *= tl.rsqrt(tl.sum(x * x, axis=0) + NORM_EPS) * scale
-    y *= tl.rsqrt(tl.sum(y * y, axis=0) + NORM_EPS)
-    return x, y
-
-
-@triton.jit
-def decode_kernel(
-    qkv, g, beta, gate, conv_weight, conv_state, state, state_indices, A_log, dt_bias, norm_weight,
-    cu_seqlens, num_accepted, out, raw_out, keys,
-    qkv_stride_t, g_stride_t, g_stride_h, beta_stride_t, beta_stride_h, gate_stride_t, gate_stride_h,
-    weight_stride_c, weight_stride_w, conv_stride_n, conv_stride_e, conv_stride_c,
-    state_stride_n, state_stride_h, state_stride_v, out_stride_t,
-    tokens, slots, value_width, scale, lower_bound, norm_eps,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BV: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PACKED: tl.constexpr, SPECULATIVE: tl.constexpr,
-):  # fmt: skip
-    """A layer's step for one sequence and one head of q and k, with all of its value heads; grid (N, H).
-
-    One program owns the pool entries of its channels, so that they can be shifted in place. BV rows of the state are
-    in registers at a time; raw_out [tokens, HV, V] float32 keeps the outputs until their norm is known. Where a
-    sequence may have several tokens, keys [tokens, H, 2, K] float32 has their q and k: made once for all rows of the
-    state, and out of the way of the loop that needs the registers.
-    """
-    n = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    c, r = tl.arange(0, KP), tl.arange(0, VP)
-    in_key, in_value = c < K, r < V
-    if PACKED:
-        first = tl.load(cu_seqlens + n).to(tl.int64)
-        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
-    else:
-        first = n
-        end = n + 1
-    if n == tl.num_programs(0) - 1:  # tokens behind the last sequence are padding
-        for token in tl.range(end, tokens):
-            for group in tl.static_range(0, GROUPS):
-                at = out + token * out_stride_t + (head * GROUPS + group) * V + r
-                tl.store(at, tl.zeros([VP], out.dtype.element_ty), mask=in_value)
-    own_slot = tl.load(state_indices + n * COLUMNS).to(tl.int64)
-    accepted = first * 0 + 1
-    if SPECULATIVE:
-        accepted = tl.load(num_accepted + n).to(tl.int64)
-    named = (accepted >= 1) & (accepted <= COLUMNS)
-    start_slot = tl.load(state_indices + n * COLUMNS + accepted - 1, mask=named, other=-1).to(tl.int64)
-    if (own_slot < 0) | (own_slot >= slots) | (start_slot < 0) | (start_slot >= slots):
-        for token in tl.range(first, end):
-            for group in tl.static_range(0, GROUPS):
-                at = out + token * out_stride_t + (head * GROUPS + group) * V + r
-                tl.store(at, tl.zeros([VP], out.dtype.element_ty), mask=in_value)
-        return
-    if end <= first:
-        return
-    pool = conv_state + own_slot * conv_stride_n
-    history = pool + (accepted - 1) * conv_stride_e
-    q_channel, k_channel = head * K + c, (H + head) * K + c
-    if PACKED:
-        for token in tl.range(first, end):
-            x, y = _query_key(
-                qkv, conv_weight, history, q_channel, k_channel, in_key, first, token - first, scale,
-                qkv_stride_t, weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W,
-            )  # fmt: skip
-            at = keys + (token * H + head) * 2 * K + c
-            tl.store(at, x, mask=in_key)
-            tl.store(at + K, y, mask=in_key)
-        tl.debug_barrier()
-    for group in tl.static_range(0, GROUPS):
-        value_head = head * GROUPS + group
-        rate = tl.exp(tl.load(A_log + value_head).to(tl.float32))
-        bias = tl.zeros([KP], tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(dt_bias + value_head * K + c, mask=in_key, other=0.0).to(tl.float32)
-        for block in tl.range(0, value_width, BV):
-            b = block + tl.arange(0, BV)
-            in_block = b < V
-            v_channel = 2 * H * K + value_head * V + b
-            inside = in_block[:, None] & in_key[None, :]
-            at_head = state + value_head * state_stride_h + b[:, None] * state_stride_v + c[None, :]
-            S = tl.load(at_head + start_slot * state_stride_n, mask=inside, other=0.0)
-            for token in tl.range(first, end):
-                i = token - first
-                if PACKED:
-                    at = keys + (token * H + head) * 2 * K + c
-                    x = tl.load(at, mask=in_key, other=0.0)
-                    y = tl.load(at + K, mask=in_key, other=0.0)
-                else:
-                    x, y = _query_key(
-                        qkv, conv_weight, history, q_channel, k_channel, in_key, first, i, scale,
-                        qkv_stride_t, weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W,
-                    )  # fmt: skip
-                value = _convolved(qkv, conv_weight, history, v_channel, in_block, first, i, qkv_stride_t,
-                                   weight_stride_c, weight_stride_w, conv_stride_e, conv_stride_c, W)  # fmt: skip
-                raw = tl.load(g + token * g_stride_t + value_head * g_stride_h + c, mask=in_key, other=0.0)
-                S *= tl.exp2(_log2_decay(raw.to(tl.float32), bias, rate, lower_bound, GATE))[None, :]
-                strength = tl.load(beta + token * beta_stride_t + value_head * beta_stride_h).to(tl.float32)
-                u = tl.sigmoid(strength) * (value - tl.sum(S * y[None, :], axis=1))
-                S += u[:, None] * y[None, :]
-                o = tl.sum(S * x[None, :], axis=1)
-                tl.store(raw_out + (token * H * GROUPS + value_head) * V + b, o, mask=in_block)
-                slot = tl.load(state_indices + n * COLUMNS + i, mask=i < COLUMNS, other=-1).to(tl.int64)
-                kept = (slot >= 0) & (slot < slots)
-                tl.store(at_head + tl.where(kept, slot, 0) * state_stride_n, S, mask=inside & kept)
-    tl.debug_barrier()  # all outputs are there, and every thread has read the history
-    gain = tl.load(norm_weight + r, mask=in_value, other=0.0).to(tl.float32)
-    for token in tl.range(first, end):
-        for group in tl.static_range(0, GROUPS):
-            value_head = head * GROUPS + group
-            o = tl.load(raw_out + (token * H * GROUPS + value_head) * V + r, mask=in_value, other=0.0)
-            o *= tl.rsqrt(tl.sum(o * o, axis=0) / V + norm_eps) * gain
-            at = gate + token * gate_stride_t + value_head * gate_stride_h + r
-            o *= tl.sigmoid(tl.load(at, mask=in_value, other=0.0).to(tl.float32))
-            at = out + token * out_stride_t + value_head * V + r
-            tl.store(at, o.to(out.dtype.element_ty), mask=in_value)
-    count = end - first
-    _shift_history(qkv, pool, q_channel, in_key, first, count, accepted,
-                   qkv_stride_t, conv_stride_e, conv_stride_c, W)  # fmt: skip
-    _shift_history(qkv, pool, k_channel, in_key, first, count, accepted,
-                   qkv_stride_t, conv_stride_e, conv_stride_c, W)  # fmt: skip
-    for group in tl.static_range(0, GROUPS):
-        v_channel = 2 * H * K + (head * GROUPS + group) * V + r
-        _shift_history(qkv, pool, v_channel, in_value, first, count, accepted,
-                       qkv_stride_t, conv_stride_e, conv_stride_c, W)  # fmt: skip
-
-
 def prepare_config(K: int, wide: bool) -> Config:
     """`wide`: float32 operands. It depends on the shape of a head only, so that a sequence gives the same bits alone
     and packed."""
@@ -826,12 +678,6 @@ def recurrent_config(K: int, V: int) -> Config:
     )
 
 
-def decode_config(K: int, V: int) -> Config:
-    KP, VP = power_of_two(K), power_of_two(V)
-    # A warp for 32 channels of the key: fewer threads would idle, more would hold the same values twice.
-    return Config({"K": K, "KP": KP, "V": V, "VP": VP, "BV": min(VP, 32)}, max(1, KP // 32), 1)
-
-
 def chunk_size(wide: bool) -> int:
     return 16 if wide else 64
 
@@ -841,37 +687,39 @@ def precision(wide: bool) -> str:
     return float32_products() if wide else "tf32"
 
 
-def _integers(*names: str) -> dict[str, str]:
+def aot_variant(
+    name: str, kernel: Any, types: dict[str, str], config: Config, more: dict[str, Any]
+) -> Variant:
+    """`kernel` with `config` and `more` constants; `types` may name arguments that it does not have."""
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+    config = config._replace(constants={**config.constants, **more})
+    return Variant(name, kernel, signature, config)
+
+
+def integer_types(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
 
-def _strides(**axes: str) -> dict[str, str]:
+def stride_types(**axes: str) -> dict[str, str]:
     return {f"{name}_stride_{axis}": "i32" for name, letters in axes.items() for axis in letters}
 
 
-def _states(*names: str) -> dict[str, str]:
-    return {**dict.fromkeys(names, "*fp32"), **_strides(**dict.fromkeys(names, "nhkv"))}
+def state_types(*names: str) -> dict[str, str]:
+    return {**dict.fromkeys(names, "*fp32"), **stride_types(**dict.fromkeys(names, "nhkv"))}
 
 
 def aot_variants() -> list[Variant]:
     """The kernels as Kimi's models run them, and at the ends of the range of head sizes."""
+    from . import paged_triton_kernels
+
     gate = {"GATE": GATE_LOWER_BOUND, "HAS_RATE": True, "HAS_BIAS": True, "L2NORM": True, "SIGMOID": True}
-    tokens = _strides(q="bth", k="bth", g="bth", beta="bth")
+    tokens = stride_types(q="bth", k="bth", g="bth", beta="bth")
     floats = dict.fromkeys(("scale", "lower_bound", "beta_scale"), "fp32")
     parameters = {"A_log": "*fp32", "dt_bias": "*fp32", "cu_seqlens": "*i32"}
-    variants = []
+    variants: list[Variant] = []
 
-    def add(
-        name: str,
-        kernel: Any,
-        types: dict[str, str],
-        config: Config,
-        more: dict[str, Any],
-        backward: bool = False,
-    ) -> None:
-        signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-        config = config._replace(constants={**config.constants, **more})
-        variants.append(Variant(name, kernel, signature, config, backward))
+    def add(*row: Any, backward: bool = False) -> None:
+        variants.append(aot_variant(*row)._replace(backward=backward))
 
     for K, V, wide in ((64, 64, False), (128, 128, False), (256, 256, False), (128, 128, True)):
         x = "*fp32" if wide else "*bf16"
@@ -879,27 +727,30 @@ def aot_variants() -> list[Variant]:
         inputs = dict.fromkeys(("q", "k", "g", "beta"), x)
         pairs = dict.fromkeys(("read_key", "query", "write_key", "solve", "solve_back", "attend"), x)
         pairs |= {"decay": "*fp32", "strengths": "*fp32"}
-        ends = {"v": x, "out": x, **_strides(v="bth", out="bth"), **_states("initial", "final"), "T": "i32"}
+        ends = {"v": x, "out": x, **stride_types(v="bth", out="bth"), **state_types("initial", "final"), "T": "i32"}
         chunks = {
             **inputs,
             **parameters,
             **pairs,
             **tokens,
             **floats,
-            **_integers("T", "N", "groups", "width"),
+            **integer_types("T", "N", "groups", "width"),
         }
         scan = {**pairs, **ends, **dict.fromkeys(("states", "written"), x), "cu_seqlens": "*i32"}
+        scan |= {"state_indices": "*i32", "resumed": "*u8", "pool_slots": "i32"}
         for suffix, kept in (("", {"KEEP": False}), ("_kept", {"KEEP": True})):
             for kind, constant in (("", GATE_LOWER_BOUND), ("_softplus", GATE_SOFTPLUS)):
                 constants = {**common, **gate, **kept, "GATE": constant}
                 add(f"kda_prepare{kind}{suffix}", prepare_kernel, chunks, prepare_config(K, wide), constants)
-            constants = {**common, **kept, "HAS_INITIAL": True}
+            constants = {**common, **kept, "HAS_INITIAL": True, "POOLED": False}
             add(f"kda_scan{suffix}", scan_kernel, scan, scan_config(K, V, wide), constants)
+        constants = {**common, "KEEP": False, "HAS_INITIAL": True, "POOLED": True}
+        add("kda_scan_pooled", scan_kernel, scan, scan_config(K, V, wide), constants)
         grads = {
             **dict.fromkeys(("d_out", "dv", "d_states", "d_written"), x),
-            **_strides(d_out="bth", dv="bth"),
+            **stride_types(d_out="bth", dv="bth"),
         }
-        back = {**pairs, **grads, **_states("d_initial", "d_final"), "cu_seqlens": "*i32", "T": "i32"}
+        back = {**pairs, **grads, **state_types("d_initial", "d_final"), "cu_seqlens": "*i32", "T": "i32"}
         constants = {**common, "HAS_INITIAL": True}
         add("kda_scan_back", scan_back_kernel, back, scan_back_config(K, V, wide), constants, backward=True)
         back = {**chunks, **grads, **dict.fromkeys(("states", "written", "dq", "dk", "dg", "dbeta"), x)}
@@ -917,20 +768,4 @@ def aot_variants() -> list[Variant]:
         signature = {**inputs, **parameters, **tokens, **ends, **floats, "groups": "i32"}
         constants = {**common, **gate, "HAS_INITIAL": True}
         add("kda_recurrent", recurrent_kernel, signature, recurrent_config(K, V), constants)
-    for K, V in ((64, 64), (128, 128), (256, 256)):
-        inputs = dict.fromkeys(("qkv", "g", "beta", "gate", "conv_weight", "conv_state", "out"), "*bf16")
-        fixed = dict.fromkeys(("state", "A_log", "dt_bias", "norm_weight", "raw_out", "keys"), "*fp32")
-        offsets = dict.fromkeys(("state_indices", "cu_seqlens", "num_accepted"), "*i32")
-        strides = _strides(
-            qkv="t", g="th", beta="th", gate="th", weight="cw", conv="nec", state="nhvk", out="t"
-        )
-        numbers = {
-            **_integers("tokens", "slots", "value_width"),
-            **dict.fromkeys(("scale", "lower_bound", "norm_eps"), "fp32"),
-        }
-        signature = {**inputs, **fixed, **offsets, **strides, **numbers}
-        layer = {"H": 32, "GROUPS": 1, "W": 4, "GATE": GATE_LOWER_BOUND, "HAS_BIAS": True}
-        for name, many in (("kda_decode", False), ("kda_decode_speculative", True)):
-            layer |= {"COLUMNS": 4 if many else 1, "PACKED": many, "SPECULATIVE": many}
-            add(name, decode_kernel, signature, decode_config(K, V), dict(layer))
-    return variants
+    return variants + paged_triton_kernels.aot_variants()

@@ -268,7 +268,7 @@ def test_compiles_as_one_graph(make, rule):
 def test_configuration_does_not_depend_on_the_batch():
     """Batch invariance: what a kernel is compiled for follows from a head's shape."""
     problem = functools.partial(
-        backend_triton._Problem, A_log=None, dt_bias=None, cu_seqlens=None, initial_state=None
+        backend_triton.Problem, A_log=None, dt_bias=None, cu_seqlens=None, initial_state=None
     )
     options = backend_triton.Options(1.0, False, False, False, False, None, False)
     seen = set()
