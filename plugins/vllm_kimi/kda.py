@@ -147,11 +147,12 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
         return KDAMetadata(parts, metadata.columns)
 
     def _parts(self, m: CommonAttentionMetadata, states: torch.Tensor) -> list[KDAPart]:
-        if m.max_query_len == 1 and m.num_actual_tokens == m.num_reqs and int(m.seq_lens.min()) > 1:
+        known = _host_seq_lens(m)
+        if m.max_query_len == 1 and m.num_actual_tokens == m.num_reqs and int(known.min()) > 1:
             every = slice(0, m.num_reqs)
             return [KDAPart(every, every, states.contiguous())]
         lengths = m.query_start_loc_cpu.diff()
-        context = m.seq_lens[: m.num_reqs].cpu() - lengths
+        context = known - lengths
         # The runner puts decodes first. A prompt of one token is no decode: its slot holds another's state.
         decodes = int(((lengths == 1) & (context > 0)).long().cumprod(0).sum())
         first, rest = slice(0, decodes), slice(decodes, m.num_reqs)
@@ -178,27 +179,38 @@ class KDAMetadataBuilder(GDNAttentionMetadataBuilder):
         num_accepted: torch.Tensor,
     ) -> list[KDAPart]:
         lengths = m.query_start_loc_cpu.diff()
-        context = m.seq_lens[: m.num_reqs].cpu() - lengths
+        context = _host_seq_lens(m) - lengths
         owner = torch.repeat_interleave(drafted, lengths)
         parts = []
-        for rows, speculative in ((drafted, True), (~drafted, False)):
-            if not rows.any():
+        for chosen, speculative in ((drafted, True), (~drafted, False)):
+            if not chosen.any():
                 continue
-            cu_seqlens = nn.functional.pad(lengths[rows].cumsum(0), (1, 0)).int().to(self.device)
-            tokens: slice | torch.Tensor = (owner == speculative).nonzero().squeeze(1).to(self.device)
-            first = int(tokens[0])
-            if int(tokens[-1]) - first + 1 == tokens.numel():
-                tokens = slice(first, first + tokens.numel())
+            # What only the host knows is worked out there: a question to a GPU would wait for it.
+            rows = chosen.nonzero().squeeze(1).to(self.device)
+            cu_seqlens = nn.functional.pad(lengths[chosen].cumsum(0), (1, 0)).int().to(self.device)
+            own = (owner == speculative).nonzero().squeeze(1)
+            first, count = int(own[0]), own.numel()
+            together = int(own[-1]) - first + 1 == count
+            tokens = slice(first, first + count) if together else own.to(self.device)
             if speculative:
                 # vLLM pads a new prompt of one token with empty drafts, so that it looks like a decode.
-                fresh = (context[rows] == 0).to(self.device)
-                accepted = num_accepted[: m.num_reqs][rows].int().masked_fill(fresh, 1)
+                new = context[chosen] == 0
+                fresh = new.to(self.device)
+                accepted = num_accepted[rows].int().masked_fill(fresh, 1)
                 part = KDAPart(tokens, rows, table[rows].contiguous(), cu_seqlens, num_accepted=accepted)
-                parts.append(replace(part, fresh=fresh) if fresh.any() else part)
+                parts.append(replace(part, fresh=fresh) if new.any() else part)
             else:
                 states = table[rows, 0].contiguous()
-                parts.append(KDAPart(tokens, rows, states, cu_seqlens, context[rows] > 0))
+                has_state = (context[chosen] > 0).to(self.device)
+                parts.append(KDAPart(tokens, rows, states, cu_seqlens, has_state))
         return parts
+
+
+def _host_seq_lens(m: CommonAttentionMetadata) -> torch.Tensor:
+    """Lengths of the requests, on the host. vLLM's bound is exact but for drafts of decodes, which it counts as kept:
+    whether a request has context does not depend on them."""
+    bound = m.seq_lens_cpu_upper_bound
+    return m.seq_lens[: m.num_reqs].cpu() if bound is None else bound[: m.num_reqs]
 
 
 def _state_table(block_table: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
