@@ -46,6 +46,7 @@ class Host:
         self.agent.create_backend(backend, options)
         self.buffers: dict[str, np.ndarray] = {}
         self.registered: dict[str, Any] = {}
+        self.files: dict[str, Any] = {}
         self.handles: dict[int, Any] = {}
         self.next_handle = 1
 
@@ -65,6 +66,38 @@ class Host:
 
     def deregister(self, name: str) -> None:
         self.agent.deregister_memory(self.registered.pop(name))
+
+    def memory_kinds(self) -> list[str]:
+        return self.agent.get_backend_mem_types(self.backend)
+
+    def open_file(self, path: str, flags: int) -> int:
+        return os.open(path, flags, 0o644)
+
+    def close_file(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def file(self, name: str, descriptor: int, size: int, offset: int = 0, text: str = "") -> None:
+        """Register a file: one that is open here, or one that `text` names ("rw,create:/path")."""
+        rows = [(offset, size, descriptor, text)]
+        self.files[name] = self.agent.register_memory(rows, "FILE", backends=[self.backend])
+
+    def drop_file(self, name: str) -> None:
+        self.agent.deregister_memory(self.files.pop(name), backends=[self.backend])
+
+    def query_files(self, paths: list[str]) -> list[dict[str, str] | None]:
+        return self.agent.query_memory([(0, 0, 0, path) for path in paths], self.backend, "FILE")
+
+    def prepare_file(
+        self, op: str, local: list[list[int]], file: list[list[int]], agent: str, notify: str | None = None
+    ) -> int:
+        """Memory as [address, bytes], pieces of files as [offset, bytes, descriptor]."""
+        memory = self.agent.get_xfer_descs([(a, n, 0) for a, n in local], "DRAM")
+        pieces = self.agent.get_xfer_descs([tuple(piece) for piece in file], "FILE")
+        text = notify.encode() if notify is not None else b""
+        handle = self.agent.initialize_xfer(op, memory, pieces, agent, text, backends=[self.backend])
+        self.handles[self.next_handle] = handle
+        self.next_handle += 1
+        return self.next_handle - 1
 
     def fill(self, name: str, seed: int) -> None:
         data = self.buffers[name]

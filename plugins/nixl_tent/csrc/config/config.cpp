@@ -95,6 +95,13 @@ const std::vector<Option>& options() {
       numeric("reconnect_s", "10", &Config::reconnect_s, 0.1, 3600),
       numeric("progress_s", "120", &Config::progress_s, 0.1, 86400),
       numeric("promote_ms", "10", &Config::promote_ms, 0.1, 60000),
+      {"file_io", "auto",
+       [](Config& c, const std::string& v) {
+         if (v == "auto") c.file_io = FileMethod::automatic;
+         else if (v == "io_uring") c.file_io = FileMethod::ring;
+         else if (v == "threads") c.file_io = FileMethod::threads;
+         else reject("file_io", v, "auto, io_uring or threads");
+       }},
       flag("metrics", "true", &Config::metrics),
       text("run_dir", &Config::run_dir),
   };

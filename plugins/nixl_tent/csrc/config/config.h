@@ -12,6 +12,8 @@ namespace tent {
 
 enum class Mode { spray, fixed };  // fixed: equal shares whatever the links do, a baseline for measurements
 
+enum class FileMethod { automatic, ring, threads };  // how files are read and written
+
 struct Config {
   std::vector<std::string> links;   // interface names or addresses; empty: every usable interface
   Mode mode = Mode::spray;
@@ -28,6 +30,7 @@ struct Config {
   double reconnect_s = 10.0;        // without any link for so long, transfers to a peer fail
   double progress_s = 120.0;        // a transfer without any progress for so long fails
   double promote_ms = 10.0;         // a waiting transfer of lower priority gets a slice after this long
+  FileMethod file_io = FileMethod::automatic;
   bool metrics = true;              // serve a snapshot on a socket in run_dir
   std::string run_dir;              // default: $XDG_RUNTIME_DIR/kimi-tent or /tmp/kimi-tent-<uid>
 };

@@ -62,7 +62,8 @@ Engine::Engine(Config config, std::string agent, Drive drive)
       epoll_(epoll_create1(EPOLL_CLOEXEC)),
       wakeup_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       timer_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
-      next_connection_(FIRST_CONNECTION) {
+      next_connection_(FIRST_CONNECTION),
+      files_(config_.file_io, complain) {
   if (agent_.empty() || agent_.size() > 255)
     throw std::invalid_argument("the agent's name must have 1 to 255 bytes, got " + std::to_string(agent_.size()));
   if (!epoll_ || !wakeup_ || !timer_) throw std::runtime_error("no file descriptors left");
@@ -326,9 +327,11 @@ std::unique_ptr<Transfer> Engine::prepare(Op op, const std::string& agent) {
 void Engine::post(Transfer& transfer, std::optional<std::string> notification) {
   if (transfer.peer == nullptr) {
     transfer.status = Status::running;
-    copier_.copy(transfer, [this, notification = std::move(notification)] {
+    auto finished = [this, notification = std::move(notification)] {
       if (notification) deliver(agent_, *notification);
-    });
+    };
+    if (transfer.files.empty()) copier_.copy(transfer, std::move(finished));
+    else files_.start(transfer, std::move(finished));
     return;
   }
   transfer.notification = std::move(notification);
@@ -348,7 +351,7 @@ void Engine::post(Transfer& transfer, std::optional<std::string> notification) {
 }
 
 void Engine::release(Transfer& transfer) {
-  if (transfer.peer == nullptr) return copier_.cancel(transfer);
+  if (transfer.peer == nullptr) return transfer.files.empty() ? copier_.cancel(transfer) : files_.cancel(transfer);
   if (transfer.status != Status::running) return;
   const std::lock_guard lock(mutex_);
   {

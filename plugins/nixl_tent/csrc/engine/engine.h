@@ -13,6 +13,8 @@
 #include "config/config.h"
 #include "engine/local_copy.h"
 #include "engine/state.h"
+#include "files/file.h"
+#include "files/io.h"
 #include "wire/metadata.h"
 
 namespace tent {
@@ -164,6 +166,7 @@ class Engine {
   Notifications notifications_;
 
   LocalCopier copier_;
+  FileIo files_;
   std::unique_ptr<class MetricsServer> metrics_;
   std::thread thread_;
 };

@@ -41,6 +41,16 @@ struct LocalCopy {
   size_t bytes;
 };
 
+struct File;
+
+// A run of bytes between this process and a file.
+struct FilePiece {
+  std::shared_ptr<const File> file;
+  uint64_t offset;
+  uint8_t* memory;
+  uint64_t bytes;
+};
+
 struct Peer;
 
 struct Transfer {
@@ -49,6 +59,7 @@ struct Transfer {
   std::shared_ptr<Peer> peer;      // empty: local
   Plan plan;
   std::vector<LocalCopy> copies;   // local
+  std::vector<FilePiece> files;    // local; then there are no copies. None is empty
   Priority priority = Priority::normal;
   double deadline_seconds = 0;     // after the post; 0: none
 

@@ -77,11 +77,17 @@ std::string reroute_lines(const std::string& labels, const LinkCounters& counter
 }  // namespace
 
 std::string Engine::metrics_json() {
+  const FileReport files = files_.report();
   const std::lock_guard lock(mutex_);
   std::string out = "{\"agent\":" + quoted(agent_) + ",\"transfers_done\":" + std::to_string(finished_) +
                     ",\"transfers_failed\":" + std::to_string(failed_) + ",\"refused\":" + std::to_string(rejected_) +
                     ",\"regions\":" + std::to_string(regions_.size() - free_slots_.size()) +
-                    ",\"incoming_peers\":" + std::to_string(sessions_.size()) + ",\"peers\":[";
+                    ",\"incoming_peers\":" + std::to_string(sessions_.size()) +
+                    ",\"files\":{\"method\":" + quoted(files.method) + ",\"done\":" + std::to_string(files.done) +
+                    ",\"failed\":" + std::to_string(files.failed) +
+                    ",\"bytes_read\":" + std::to_string(files.bytes_read) +
+                    ",\"bytes_written\":" + std::to_string(files.bytes_written) +
+                    ",\"trouble\":" + quoted(files.trouble) + "},\"peers\":[";
   const char* between_peers = "";
   for (const auto& [name, peer] : peers_) {
     out += between_peers + ("{\"agent\":" + quoted(name)) + ",\"transfers\":" + std::to_string(peer->active.size()) +
@@ -101,6 +107,7 @@ std::string Engine::metrics_json() {
 }
 
 std::string Engine::metrics_text() {
+  const FileReport files = files_.report();
   const std::lock_guard lock(mutex_);
   std::string out;
   const auto scalar = [&](const char* name, uint64_t value) {
@@ -110,6 +117,10 @@ std::string Engine::metrics_text() {
   scalar("transfers_done_total", finished_);
   scalar("transfers_failed_total", failed_);
   scalar("refused_total", rejected_);
+  scalar("file_transfers_done_total", files.done);
+  scalar("file_transfers_failed_total", files.failed);
+  scalar("file_read_bytes_total", files.bytes_read);
+  scalar("file_written_bytes_total", files.bytes_written);
   const auto labels = [&](const std::string& agent, const Link& link) {
     return "agent=" + quoted(agent_) + ",peer=" + quoted(agent) + ",link=" + quoted(link.path.label());
   };

@@ -1,6 +1,7 @@
 // NIXL's view of the engine: translation only.
 #include <dlfcn.h>
 #include <link.h>
+#include <sys/stat.h>
 
 #include <cstdio>
 #include <cstring>
@@ -20,15 +21,26 @@ constexpr const char* NAME = "TENT";
 
 void say(const std::string& what) { std::fprintf(stderr, "TENT: %s\n", what.c_str()); }
 
+// Which list a piece of metadata may stand in is known by the list's kind of memory.
 struct LocalMetadata final : nixl::Metadata {
   explicit LocalMetadata(tent::Region* r) : Metadata(true), region(r) {}
   tent::Region* region;
+};
+
+struct FileMetadata final : nixl::Metadata {
+  FileMetadata(std::shared_ptr<const tent::File> f, std::optional<uint64_t> d)
+      : Metadata(true), file(std::move(f)), named_as(d) {}
+  std::shared_ptr<const tent::File> file;
+  std::optional<uint64_t> named_as;   // the devId of a file that was named by path
 };
 
 struct RemoteMetadata final : nixl::Metadata {
   explicit RemoteMetadata(const tent::RegionInfo& i) : Metadata(false), info(i) {}
   tent::RegionInfo info;
 };
+
+// What an agent publishes of its files, which only itself may use: NIXL wants a text for each.
+constexpr const char* FILE_INFO = "TENTf";
 
 struct Handle final : nixl::Request {
   std::unique_ptr<tent::Transfer> transfer;
@@ -105,18 +117,24 @@ class Backend final : public nixl::Engine {
   bool supports_remote() const override { return true; }
   bool supports_local() const override { return true; }
   bool supports_notifications() const override { return true; }
-  std::vector<nixl::Memory> memories() const override { return {nixl::DRAM}; }
+  std::vector<nixl::Memory> memories() const override { return {nixl::DRAM, nixl::FILE}; }
 
   nixl::Result register_memory(const nixl::BlobDescriptor& memory, const nixl::Memory& kind,
                                nixl::Metadata*& out) override {
+    if (kind == nixl::FILE) return register_file(memory, out);
     if (kind != nixl::DRAM) return nixl::ERR_NOT_SUPPORTED;
     out = new LocalMetadata(engine_.add_region(reinterpret_cast<void*>(memory.address), memory.length));
     return nixl::SUCCESS;
   }
 
   nixl::Result deregister_memory(nixl::Metadata* metadata) override {
-    const std::unique_ptr<LocalMetadata> local(static_cast<LocalMetadata*>(metadata));
-    engine_.remove_region(local->region);
+    const std::unique_ptr<nixl::Metadata> owned(metadata);
+    if (const auto* local = dynamic_cast<LocalMetadata*>(metadata)) {
+      engine_.remove_region(local->region);
+    } else if (const auto* file = dynamic_cast<FileMetadata*>(metadata); file != nullptr && file->named_as) {
+      const std::lock_guard lock(mutex_);
+      named_files_.erase(*file->named_as);
+    }
     return nixl::SUCCESS;
   }
 
@@ -144,8 +162,14 @@ class Backend final : public nixl::Engine {
     auto transfer = engine_.prepare(operation == nixl::WRITE ? tent::Op::write : tent::Op::read, agent);
     if (transfer == nullptr) return nixl::ERR_NOT_FOUND;
     if (options != nullptr) apply_custom(options->custom, *transfer);
-    for (size_t i = 0; i < local.items.size(); ++i)
-      if (!add(*transfer, local.items[i], remote.items[i])) return nixl::ERR_MISMATCH;
+    if (local.memory != nixl::DRAM)
+      throw std::invalid_argument("the local side of a transfer must be DRAM");
+    if (remote.memory == nixl::FILE && transfer->peer != nullptr)
+      throw std::invalid_argument("files of agent '" + agent + "' can only be used by that agent itself");
+    for (size_t i = 0; i < local.items.size(); ++i) {
+      if (remote.memory == nixl::FILE) add_file(*transfer, local.items[i], remote.items[i]);
+      else if (!add(*transfer, local.items[i], remote.items[i])) return nixl::ERR_MISMATCH;
+    }
     auto made = std::make_unique<Handle>();
     made->transfer = std::move(transfer);
     handle = made.release();
@@ -186,8 +210,8 @@ class Backend final : public nixl::Engine {
   void release_view(void*) const override {}
 
   nixl::Result public_data(const nixl::Metadata* metadata, std::string& out) const override {
-    const auto* local = static_cast<const LocalMetadata*>(metadata);
-    out = tent::encode(tent::Engine::describe_region(*local->region));
+    const auto* local = dynamic_cast<const LocalMetadata*>(metadata);
+    out = local == nullptr ? FILE_INFO : tent::encode(tent::Engine::describe_region(*local->region));
     return nixl::SUCCESS;
   }
 
@@ -206,10 +230,13 @@ class Backend final : public nixl::Engine {
 
   nixl::Result load_remote(const nixl::BlobDescriptor& input, const nixl::Memory& kind, const std::string& agent,
                            nixl::Metadata*& out) override try {
-    if (kind != nixl::DRAM) return nixl::ERR_NOT_SUPPORTED;
-    const tent::RegionInfo info = tent::decode_region(input.blob);
-    if (info.address != input.address || info.length != input.length)
-      throw std::invalid_argument("region info does not belong to its descriptor");
+    if (kind != nixl::DRAM && kind != nixl::FILE) return nixl::ERR_NOT_SUPPORTED;
+    tent::RegionInfo info;
+    if (kind == nixl::DRAM) {
+      info = tent::decode_region(input.blob);
+      if (info.address != input.address || info.length != input.length)
+        throw std::invalid_argument("region info does not belong to its descriptor");
+    }
     out = new RemoteMetadata(info);
     const std::lock_guard lock(mutex_);
     remote_.insert(out);
@@ -235,8 +262,22 @@ class Backend final : public nixl::Engine {
     return engine_.notify(agent, message) ? nixl::SUCCESS : nixl::ERR_NOT_FOUND;
   }
 
-  nixl::Result query(const nixl::RegisterList&, std::vector<nixl::QueryAnswer>&) const override {
-    return nixl::ERR_NOT_SUPPORTED;
+  // As NIXL's file backends answer: a path is in the descriptor's text, with or without a mode before it.
+  nixl::Result query(const nixl::RegisterList& list, std::vector<nixl::QueryAnswer>& out) const override {
+    if (list.memory != nixl::FILE) return nixl::ERR_NOT_SUPPORTED;
+    out.clear();
+    for (const nixl::BlobDescriptor& asked : list.items) {
+      const auto named = tent::parse_file_name(asked.blob);
+      struct stat found {};
+      if (stat((named ? named->path : asked.blob).c_str(), &found) != 0) {
+        out.emplace_back(std::nullopt);
+        continue;
+      }
+      out.emplace_back(nixl::Options{{"size", std::to_string(found.st_size)},
+                                     {"mode", std::to_string(found.st_mode)},
+                                     {"mtime", std::to_string(found.st_mtime)}});
+    }
+    return nixl::SUCCESS;
   }
 
   nixl::Result estimate(const nixl::Operation&, const nixl::MetaList&, const nixl::MetaList&, const std::string&,
@@ -246,18 +287,57 @@ class Backend final : public nixl::Engine {
   }
 
  private:
+  static bool inside(uintptr_t address, size_t length, uintptr_t begin, size_t size) {
+    return address >= begin && length <= size && address - begin <= size - length;
+  }
+
+  static bool inside(const nixl::MetaDescriptor& here, const tent::Region& region) {
+    return inside(here.address, here.length, reinterpret_cast<uintptr_t>(region.begin), region.size);
+  }
+
+  nixl::Result register_file(const nixl::BlobDescriptor& memory, nixl::Metadata*& out) try {
+    auto file = tent::open_file(memory.device, memory.blob, memory.address, memory.length);
+    // NIXL finds a registered file by its devId: two that are named by path must not share one.
+    std::optional<uint64_t> named_as;
+    if (const std::lock_guard lock(mutex_); tent::parse_file_name(memory.blob)) {
+      named_as = memory.device;
+      const auto [known, fresh] = named_files_.try_emplace(memory.device, file->name);
+      if (!fresh)
+        throw std::invalid_argument("devId " + std::to_string(memory.device) + " is that of file " + known->second +
+                                    " already: give file " + file->name + " another");
+    }
+    out = new FileMetadata(std::move(file), named_as);
+    return nixl::SUCCESS;
+  } catch (const std::invalid_argument& error) {
+    say(error.what());
+    return nixl::ERR_INVALID_PARAM;
+  }
+
+  static void add_file(tent::Transfer& transfer, const nixl::MetaDescriptor& here, const nixl::MetaDescriptor& there) {
+    const auto* local = dynamic_cast<const LocalMetadata*>(here.metadata);
+    const auto* target = dynamic_cast<const FileMetadata*>(there.metadata);
+    if (local == nullptr || target == nullptr || here.length != there.length || !inside(here, *local->region))
+      throw std::invalid_argument("memory and file of a transfer must be registered, and equally long");
+    const tent::File& file = *target->file;
+    if (!file.holds(there.address, there.length))
+      throw std::invalid_argument(std::to_string(there.length) + " bytes at " + std::to_string(there.address) +
+                                  " lie outside of what was registered of file " + file.name);
+    if (!(transfer.op == tent::Op::write ? file.writable : file.readable))
+      throw std::invalid_argument("file " + file.name + " is not open for " +
+                                  (transfer.op == tent::Op::write ? "writing" : "reading"));
+    if (here.length > 0)
+      transfer.files.push_back({target->file, there.address, reinterpret_cast<uint8_t*>(here.address), here.length});
+  }
+
   // Both ranges must lie in registered regions; the target checks its own again.
   static bool add(tent::Transfer& transfer, const nixl::MetaDescriptor& here, const nixl::MetaDescriptor& there) {
-    const auto inside = [](uintptr_t address, size_t length, uintptr_t begin, size_t size) {
-      return address >= begin && length <= size && address - begin <= size - length;
-    };
     if (here.length != there.length || here.metadata == nullptr || there.metadata == nullptr) return false;
     auto* local = reinterpret_cast<uint8_t*>(here.address);
     const tent::Region& region = *static_cast<const LocalMetadata*>(here.metadata)->region;
-    if (!inside(here.address, here.length, reinterpret_cast<uintptr_t>(region.begin), region.size)) return false;
+    if (!inside(here, region)) return false;
     if (transfer.peer == nullptr) {
       const tent::Region& other = *static_cast<const LocalMetadata*>(there.metadata)->region;
-      if (!inside(there.address, there.length, reinterpret_cast<uintptr_t>(other.begin), other.size)) return false;
+      if (!inside(there, other)) return false;
       auto* target = reinterpret_cast<uint8_t*>(there.address);
       if (transfer.op == tent::Op::write) transfer.copies.push_back({target, local, here.length});
       else transfer.copies.push_back({local, target, here.length});
@@ -271,6 +351,7 @@ class Backend final : public nixl::Engine {
 
   std::mutex mutex_;
   std::unordered_set<nixl::Metadata*> remote_;
+  std::unordered_map<uint64_t, std::string> named_files_;   // by devId
   // NIXL's interface has const functions that change the engine.
   mutable tent::Engine engine_;
 };
@@ -295,7 +376,7 @@ nixl::Options options() {
   return all;
 }
 
-std::vector<nixl::Memory> memories() { return {nixl::DRAM}; }
+std::vector<nixl::Memory> memories() { return {nixl::DRAM, nixl::FILE}; }
 
 }  // namespace
 

@@ -1,7 +1,11 @@
 // Checks of the parts that need no sockets: slices, scheduler, rate, stall, framing, metadata, keys, configuration.
 // Prints one line per failure; exits with 1 if there was one.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,9 +13,12 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "config/config.h"
+#include "files/file.h"
+#include "files/io.h"
 #include "health/stall.h"
 #include "scheduler/rate.h"
 #include "scheduler/scheduler.h"
@@ -358,6 +365,152 @@ void topology() {
   EXPECT(error_of([] { tent::select_addresses({}, {"ib9"}); }).find("'ib9'") != std::string::npos);
 }
 
+std::shared_ptr<const tent::File> scratch_file(uint64_t size) {
+  char name[] = "/tmp/tent-unit-XXXXXX";
+  const tent::Fd fd(mkstemp(name));
+  unlink(name);
+  return tent::open_file(static_cast<uint64_t>(fd.get()), "", 0, size);
+}
+
+void file_names() {
+  EXPECT(!tent::parse_file_name(""));
+  EXPECT(!tent::parse_file_name("/a/b:c"));
+  EXPECT(!tent::parse_file_name("rw:"));
+  EXPECT(!tent::parse_file_name("wo:/x"));
+  EXPECT(!tent::parse_file_name("rw,fast:/x"));
+  const auto named = tent::parse_file_name("rw,create,direct:/x:y");
+  EXPECT(named && named->path == "/x:y" && named->flags == (O_RDWR | O_CREAT | O_DIRECT));
+  EXPECT(tent::parse_file_name("ro:/x")->flags == O_RDONLY);
+  const auto file = scratch_file(100);
+  EXPECT(file->holds(0, 100) && file->holds(100, 0) && !file->holds(1, 100) && !file->holds(101, 0));
+  EXPECT(!file->holds(~0ull, 2) && !file->holds(2, ~0ull));
+  EXPECT(scratch_file(0)->holds(1 << 30, 1) && !scratch_file(0)->holds(INT64_MAX, 1));
+  EXPECT(error_of([] { tent::open_file(1 << 20, "", 0, 0); }).find("Bad file descriptor") != std::string::npos);
+  EXPECT(error_of([] { tent::open_file(0, "ro:/dev/null", 0, 0); }).find("neither") != std::string::npos);
+}
+
+// The book of file transfers: what is offered, and what results lead to.
+void file_book() {
+  const auto file = scratch_file(0);
+  std::vector<uint8_t> memory(3 * tent::FILE_CHUNK);
+  const auto transfer_of = [&](tent::Priority priority, std::vector<uint64_t> lengths) {
+    auto transfer = std::make_unique<tent::Transfer>();
+    transfer->op = tent::Op::read;
+    transfer->priority = priority;
+    uint64_t at = 0;
+    for (const uint64_t length : lengths) transfer->files.push_back({file, at, memory.data() + at, length}), at += length;
+    return transfer;
+  };
+  const auto nothing = [] {};
+  {   // Two of one priority take turns, a lower one waits.
+    tent::FileBook book;
+    const auto low = transfer_of(tent::Priority::low, {1});
+    const auto a = transfer_of(tent::Priority::normal, {10, 20});
+    const auto b = transfer_of(tent::Priority::normal, {tent::FILE_CHUNK + 5});
+    for (const auto& transfer : {low.get(), a.get(), b.get()}) book.add(*transfer, nothing);
+    std::vector<tent::FileChunk> chunks;
+    while (const auto chunk = book.take()) chunks.push_back(*chunk);
+    EXPECT(chunks.size() == 5);
+    std::vector<uint32_t> sizes;
+    for (const tent::FileChunk& chunk : chunks) sizes.push_back(chunk.bytes);
+    EXPECT((sizes == std::vector<uint32_t>{10, tent::FILE_CHUNK, 20, 5, 1}));
+    EXPECT(chunks[3].offset() == tent::FILE_CHUNK && chunks[2].offset() == 10);
+    for (const tent::FileChunk& chunk : chunks) {
+      EXPECT(book.take_finished() == nullptr);
+      book.answered(chunk, static_cast<ssize_t>(chunk.bytes) - (&chunk == &chunks[4] ? 0 : 1));
+    }
+    EXPECT(book.take_finished()->transfer == low.get() && book.take_finished() == nullptr && book.take());
+  }
+  {   // A short answer brings the rest again; an interrupted call all of it; only then is it over.
+    tent::FileBook book;
+    const auto a = transfer_of(tent::Priority::normal, {100});
+    book.add(*a, nothing);
+    book.answered(*book.take(), 60);
+    EXPECT(book.take_finished() == nullptr);
+    book.answered(*book.take(), -EINTR);
+    const auto rest = book.take();
+    EXPECT(rest && rest->offset() == 60 && rest->bytes == 40 && !book.take());
+    EXPECT(book.take_finished() == nullptr);
+    book.answered(*rest, 40);
+    const auto job = book.take_finished();
+    EXPECT(job != nullptr && job->trouble.empty() && !job->canceled && book.empty());
+  }
+  {   // An error begins nothing more, and waits for what is under way.
+    tent::FileBook book;
+    const auto a = transfer_of(tent::Priority::normal, {100, 100, 100});
+    book.add(*a, nothing);
+    const auto first = book.take();
+    const auto second = book.take();
+    book.answered(*first, -ENOSPC);
+    EXPECT(!book.take() && book.take_finished() == nullptr);
+    book.answered(*second, 50);
+    EXPECT(!book.take());
+    const auto job = book.take_finished();
+    EXPECT(job != nullptr && job->trouble.find("No space left") != std::string::npos && !book.take());
+  }
+  {   // The end of a file is an error; a cancellation waits for what is under way too.
+    tent::FileBook book;
+    const auto a = transfer_of(tent::Priority::normal, {100, 100});
+    const auto b = transfer_of(tent::Priority::normal, {100, 100});
+    book.add(*a, nothing);
+    book.answered(*book.take(), 0);
+    EXPECT(book.take_finished()->trouble.find("the file ends") != std::string::npos);
+    book.add(*b, nothing);
+    const auto under_way = book.take();
+    EXPECT(book.cancel(*b) && !book.take() && book.take_finished() == nullptr && book.holds(*b));
+    book.answered(*under_way, 100);
+    EXPECT(book.take_finished()->canceled && !book.holds(*b) && !book.cancel(*b));
+  }
+}
+
+// Real files, by both methods: what is written is read again, from several threads at once.
+void file_io() {
+  constexpr uint64_t size = 3 * tent::FILE_CHUNK + 17;
+  for (const auto method : {tent::FileMethod::automatic, tent::FileMethod::threads}) {
+    tent::FileIo io(method, [](const std::string&) {});
+    const auto file = scratch_file(0);
+    std::vector<std::thread> threads;
+    std::atomic<int> wrong = 0;
+    for (uint64_t number = 0; number < 4; ++number)
+      threads.emplace_back([&, number] {
+        std::vector<uint8_t> memory(size);
+        for (size_t i = 0; i < size; ++i) memory[i] = static_cast<uint8_t>(i * 7 + number);
+        const auto expected = memory;
+        for (const auto op : {tent::Op::write, tent::Op::read}) {
+          if (op == tent::Op::read) std::fill(memory.begin(), memory.end(), 0);
+          tent::Transfer transfer;
+          transfer.op = op;
+          transfer.status = tent::Status::running;
+          std::atomic<bool> told = false;
+          const uint64_t half = size / 3;
+          transfer.files.push_back({file, number * size + half, memory.data() + half, size - half});
+          transfer.files.push_back({file, number * size, memory.data(), half});
+          io.start(transfer, [&] { told = true; });
+          while (transfer.status.load(std::memory_order_acquire) == tent::Status::running) std::this_thread::yield();
+          if (transfer.status != tent::Status::done || !told) ++wrong;
+        }
+        if (memory != expected) ++wrong;
+        // One that is canceled at once, and one that is still under way when the queue ends.
+        tent::Transfer canceled;
+        canceled.status = tent::Status::running;
+        canceled.files.push_back({file, number * size, memory.data(), size});
+        io.start(canceled, [] {});
+        io.cancel(canceled);
+        if (canceled.status == tent::Status::running) ++wrong;
+      });
+    for (std::thread& thread : threads) thread.join();
+    EXPECT(wrong == 0);
+    tent::Transfer past;   // beyond the end of the file
+    std::vector<uint8_t> memory(100);
+    past.op = tent::Op::read;
+    past.status = tent::Status::running;
+    past.files.push_back({file, 100 * size, memory.data(), memory.size()});
+    io.start(past, [] {});
+    while (past.status.load(std::memory_order_acquire) == tent::Status::running) std::this_thread::yield();
+    EXPECT(past.status == tent::Status::failed && io.report().failed == 1);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -369,6 +522,9 @@ int main() {
   framing();
   configuration();
   topology();
+  file_names();
+  file_book();
+  file_io();
   if (failures == 0) std::puts("all good");
   return failures == 0 ? 0 : 1;
 }
