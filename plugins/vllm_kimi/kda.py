@@ -12,7 +12,11 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+    is_conv_state_dim_first,
+)
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
@@ -25,7 +29,8 @@ from kimi_models import KimiLinearConfig
 def state_shape(config: KimiLinearConfig, tp_size: int, num_speculative: int) -> tuple[tuple[int, ...], ...]:
     """Shapes of one sequence's (conv history, recurrent state) on one of `tp_size` ranks.
 
-    The conv history is [width - 1 + num_speculative, 3 * heads * head_dim], the state [heads, V, K].
+    The conv history is [width - 1 + num_speculative, 3 * heads * head_dim], or transposed where
+    VLLM_SSM_CONV_STATE_LAYOUT is DS; the state is [heads, V, K].
     """
     la = config.linear_attn_config
     return MambaStateShapeCalculator.kda_state_shape(
@@ -267,6 +272,12 @@ class KimiDeltaAttention(nn.Module, MambaBase):
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return state_dtype(self.vllm_config)
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        if is_conv_state_dim_first():  # as NixlConnector asks for; the kernels take any strides
+            conv_state, state = self.kv_cache
+            self.kv_cache = (conv_state.transpose(1, 2), state)
 
     def places(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(published name below the layer, local tensor) of every weight."""
