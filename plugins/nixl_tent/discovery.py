@@ -52,7 +52,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             execute(loaded)
             _offer_or_log(package, loaded)
 
-        spec.loader.exec_module = and_offer  # type: ignore[method-assign]
+        spec.loader.exec_module = and_offer  # type: ignore[assignment, method-assign]
         return spec
 
 
