@@ -81,7 +81,10 @@ def compile_for(variant: _triton.Variant, target: str) -> Usage:
         constexprs={(names.index(name),): value for name, value in config.constants.items()},
         # Allocations are aligned, and so are strides of any size that matters.
         attrs={
-            (n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if _divisible(name, types[name])
+            place: [["tt.divisibility", 16]]
+            for n, name in enumerate(names)
+            for place, kind in _places(n, types[name])
+            if _divisible(name, kind)
         },
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -99,6 +102,11 @@ def compile_for(variant: _triton.Variant, target: str) -> Usage:
         compiled.metadata.shared,
         " ".join(f"{name}:{count}" for name, count in counts.items() if count) or "-",
     )
+
+
+def _places(n: int, kind: str | tuple[str, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Where Triton keeps argument n, and its type: one place, or one for each element of a tuple."""
+    return [((n,), kind)] if isinstance(kind, str) else [((n, i), one) for i, one in enumerate(kind)]
 
 
 def _divisible(name: str, kind: str) -> bool:

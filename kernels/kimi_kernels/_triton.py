@@ -30,7 +30,7 @@ class Variant(NamedTuple):
 
     name: str
     kernel: Any
-    signature: dict[str, str]  # of the arguments that are no constants: "*bf16", "fp32", "i32"
+    signature: dict[str, str | tuple[str, ...]]  # of arguments that are no constants: "*bf16", "fp32", ("i32", "i32")
     config: Config
     backward: bool = False
 

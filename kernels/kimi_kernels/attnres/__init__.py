@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["attn_res", "attn_res_merge", "attn_res_phase1"]
+__all__ = ["attn_res", "attn_res_merge", "attn_res_phase1", "attn_res_step"]
 
 
 def _validate_sources(residuals: Sequence[Tensor]) -> None:
@@ -28,6 +28,26 @@ def _validate_sources(residuals: Sequence[Tensor]) -> None:
 def _validate_weight(name: str, weight: Tensor | None, shape: tuple[int, ...]) -> None:
     if weight is not None and tuple(weight.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
+
+
+def _validate_merge(
+    out: Tensor,
+    lse: Tensor,
+    partial: Tensor,
+    query: Tensor,
+    rms_weight: Tensor,
+    output_rms_weight: Tensor | None,
+) -> None:
+    width = partial.shape[-1]
+    if out.shape != partial.shape or out.dtype != partial.dtype:
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)}, but partial is {partial.dtype} "
+            f"{tuple(partial.shape)}: pass one sub-layer's row of attn_res_phase1"
+        )
+    _validate_weight("lse", lse, tuple(partial.shape[:-1]))
+    _validate_weight("query", query, (width,))
+    _validate_weight("rms_weight", rms_weight, (width,))
+    _validate_weight("output_rms_weight", output_rms_weight, (width,))
 
 
 def attn_res(
@@ -116,14 +136,44 @@ def attn_res_merge(
     Returns:
         [..., D] in partial's dtype.
     """
-    width = partial.shape[-1]
-    if out.shape != partial.shape or out.dtype != partial.dtype:
-        raise ValueError(
-            f"out is {out.dtype} {tuple(out.shape)}, but partial is {partial.dtype} "
-            f"{tuple(partial.shape)}: pass one sub-layer's row of attn_res_phase1"
-        )
-    _validate_weight("lse", lse, tuple(partial.shape[:-1]))
-    _validate_weight("query", query, (width,))
-    _validate_weight("rms_weight", rms_weight, (width,))
-    _validate_weight("output_rms_weight", output_rms_weight, (width,))
+    _validate_merge(out, lse, partial, query, rms_weight, output_rms_weight)
     return ops.merge(out, lse, partial, query, rms_weight, output_rms_weight, rms_eps, scale)
+
+
+def attn_res_step(
+    out: Tensor,
+    lse: Tensor,
+    partial: Tensor,
+    update: Tensor,
+    query: Tensor,
+    rms_weight: Tensor,
+    output_rms_weight: Tensor | None = None,
+    rms_eps: float = 1e-6,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """From one sub-layer's output to the next one's input: the residual update, the merge and the norm at once.
+
+    `attn_res_step(out, lse, partial, update, ...)` equals `attn_res_merge(out, lse, partial + update, ...)` together
+    with that sum. A block's first sub-layer has no partial sum: its input is phase 1's row, its output the partial.
+
+    Args:
+        out: [..., D], the next sub-layer's row of `attn_res_phase1`.
+        lse: [...], its log denominator.
+        partial: [..., D], the sum of the outputs of the block's sub-layers before the last one, in out's dtype.
+        update: [..., D], the output of the last one, in out's dtype.
+        query: [D], the next sub-layer's pseudo-query.
+        rms_weight: [D], its key gain.
+        output_rms_weight: [D]; when given, the mixture goes through an RMSNorm with this gain.
+        rms_eps: epsilon of both norms.
+        scale: factor on the scores; the same as in phase 1.
+
+    Returns:
+        (merged [..., D], the input of the next sub-layer; partial + update [..., D]), both in partial's dtype.
+    """
+    if update.shape != partial.shape or update.dtype != partial.dtype:
+        raise ValueError(
+            f"update is {update.dtype} {tuple(update.shape)}, but partial is {partial.dtype} "
+            f"{tuple(partial.shape)}: pass the sub-layer's output in the shape and dtype of the sum it goes to"
+        )
+    _validate_merge(out, lse, partial, query, rms_weight, output_rms_weight)
+    return ops.step(out, lse, partial, update, query, rms_weight, output_rms_weight, rms_eps, scale)

@@ -200,3 +200,46 @@ def merge_backward(
         (d_folded * query * scale).to(rms_weight.dtype),
         None if d_gain is None or output_rms_weight is None else d_gain.to(output_rms_weight.dtype),
     )
+
+
+def _step_refuses(out, lse, partial, update, *rest):
+    return _merge_refuses(out, lse, partial, *rest)
+
+
+@dispatch.register("attn_res_step", "cpu", _step_refuses)
+def step(
+    out: Tensor,
+    lse: Tensor,
+    partial: Tensor,
+    update: Tensor,
+    query: Tensor,
+    rms_weight: Tensor,
+    output_rms_weight: Tensor | None,
+    rms_eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    next_partial = partial + update
+    return merge(out, lse, next_partial, query, rms_weight, output_rms_weight, rms_eps, scale), next_partial
+
+
+def _step_backward_refuses(d_merged, d_next, *forward_args):
+    return _merge_backward_refuses(d_merged, *forward_args)
+
+
+@dispatch.register("attn_res_step_backward", "cpu", _step_backward_refuses)
+def step_backward(
+    d_merged: Tensor,
+    d_next: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    next_partial: Tensor,
+    query: Tensor,
+    rms_weight: Tensor,
+    output_rms_weight: Tensor | None,
+    rms_eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    d_out, d_lse, d_partial, *rest = merge_backward(
+        d_merged, out, lse, next_partial, query, rms_weight, output_rms_weight, rms_eps, scale
+    )
+    return d_out, d_lse, d_partial + d_next, *rest

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._library import custom_op
-from . import cpu, reference  # noqa: F401  (register the backends)
+from . import cpu, reference, triton  # noqa: F401  (register the backends)
 
 
 @custom_op("kimi::attn_res", mutates_args=())
@@ -166,3 +166,87 @@ def _merge_grad(ctx: Any, d_merged: Tensor) -> tuple[Any, ...]:
 
 
 merge.register_autograd(_merge_grad, setup_context=_save_merge)
+
+
+@custom_op("kimi::attn_res_step", mutates_args=())
+def step(
+    out: Tensor,
+    lse: Tensor,
+    partial: Tensor,
+    update: Tensor,
+    query: Tensor,
+    rms_weight: Tensor,
+    output_rms_weight: Tensor | None,
+    rms_eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return dispatch.run(
+        "attn_res_step",
+        partial.device,
+        out,
+        lse,
+        partial,
+        update,
+        query,
+        rms_weight,
+        output_rms_weight,
+        rms_eps,
+        scale,
+    )
+
+
+@step.register_fake
+def _(out, lse, partial, update, query, rms_weight, output_rms_weight, rms_eps, scale):
+    return partial.new_empty(partial.shape), partial.new_empty(partial.shape)
+
+
+@custom_op("kimi::attn_res_step_backward", mutates_args=())
+def _step_backward(
+    d_merged: Tensor,
+    d_next: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    next_partial: Tensor,
+    query: Tensor,
+    rms_weight: Tensor,
+    output_rms_weight: Tensor | None,
+    rms_eps: float,
+    scale: float,
+) -> list[Tensor]:
+    *grads, d_gain = dispatch.run(
+        "attn_res_step_backward",
+        next_partial.device,
+        d_merged,
+        d_next,
+        out,
+        lse,
+        next_partial,
+        query,
+        rms_weight,
+        output_rms_weight,
+        rms_eps,
+        scale,
+    )
+    return [*grads, *([] if d_gain is None else [d_gain])]
+
+
+@_step_backward.register_fake
+def _(d_merged, d_next, out, lse, next_partial, query, rms_weight, output_rms_weight, rms_eps, scale):
+    inputs = [out, lse, next_partial, query, rms_weight] + (
+        [] if output_rms_weight is None else [output_rms_weight]
+    )
+    return [x.new_empty(x.shape) for x in inputs]
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse, _, _, *weights, ctx.rms_eps, ctx.scale = inputs
+    ctx.save_for_backward(out, lse, output[1], *weights)
+
+
+def _step_grad(ctx: Any, d_merged: Tensor, d_next: Tensor) -> tuple[Any, ...]:
+    grads = _step_backward(d_merged, d_next, *ctx.saved_tensors, ctx.rms_eps, ctx.scale)
+    d_out, d_lse, d_partial, d_query, d_weight, *d_gain = grads
+    return d_out, d_lse, d_partial, d_partial, d_query, d_weight, d_gain[0] if d_gain else None, None, None
+
+
+step.register_autograd(_step_grad, setup_context=_save_step)

@@ -142,3 +142,40 @@ def merge_backward(
         (d_folded * query.to(acc) * scale).to(rms_weight.dtype),
         d_gain,
     )
+
+
+@dispatch.register("attn_res_step", "reference")
+def step(
+    out: Tensor,
+    lse: Tensor,
+    partial: Tensor,
+    update: Tensor,
+    query: Tensor,
+    rms_weight: Tensor,
+    output_rms_weight: Tensor | None,
+    rms_eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`merge` of the updated partial sum: (merged, partial + update)."""
+    next_partial = partial + update
+    return merge(out, lse, next_partial, query, rms_weight, output_rms_weight, rms_eps, scale), next_partial
+
+
+@dispatch.register("attn_res_step_backward", "reference")
+def step_backward(
+    d_merged: Tensor,
+    d_next: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    next_partial: Tensor,
+    query: Tensor,
+    rms_weight: Tensor,
+    output_rms_weight: Tensor | None,
+    rms_eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `step`: out, lse, partial and update (the same), query, rms_weight, output_rms_weight."""
+    d_out, d_lse, d_partial, *rest = merge_backward(
+        d_merged, out, lse, next_partial, query, rms_weight, output_rms_weight, rms_eps, scale
+    )
+    return d_out, d_lse, d_partial + d_next, *rest
