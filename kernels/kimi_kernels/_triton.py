@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class Variant(NamedTuple):
 
     name: str
     kernel: Any
-    signature: dict[str, str | tuple[str, ...]]  # of arguments that are no constants: "*bf16", "fp32", ("i32", "i32")
+    signature: Mapping[str, str | tuple[str, ...]]  # of arguments that are no constants: "*bf16", ("i32", "i32")
     config: Config
     backward: bool = False
 

@@ -14,6 +14,9 @@ Gradients take no atomic additions. `score_kernel` makes what the softmax needs 
 up the gradients of the queries in registers: 2 (n + S) rows read, n written. The merge has its own two.
 """
 
+# mypy: disable-error-code=assignment
+# Tuples grow where kernels have one value for each query; mypy takes the empty one for a type of its own.
+
 from __future__ import annotations
 
 from typing import Any
@@ -265,7 +268,7 @@ def coefficient_kernel(
             tl.store(mixed_pulls + at, back, mask=row < rows)
         d_logit = slope - tl.sum(share * slope, axis=0)[None, :]
         d_logit = share * (d_logit + tl.load(d_lse + at, mask=row < rows, other=0.0)[None, :])
-        pull += tl.where(inside, d_logit * logit, 0.0)
+        pull += d_logit * tl.where(inside, logit, 0.0)
         tl.store(logits + place, share, mask=inside)
         tl.store(along + place, d_logit * factor, mask=inside)
     tl.store(factors + tile, pull * factor * factor / D, mask=inside)
