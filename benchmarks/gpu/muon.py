@@ -1,0 +1,51 @@
+"""Newton-Schulz, beside the same steps on torch's own products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.case import OURS, Case, Size
+from kimi_kernels import newton_schulz
+
+STEPS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Moonlight, section 2.1
+TORCH = "torch's products"
+GOAL = 1.3  # of the whole: two of three products in a step are symmetric, at 1.6 times the speed
+
+
+def steps_in_torch(x: Tensor) -> Tensor:
+    """Moonlight's five steps in bfloat16, as torch.optim.Muon takes them, on a batch."""
+    a, b, c = COEFFICIENTS
+    u = x.to(torch.bfloat16)
+    tall = u.shape[-2] > u.shape[-1]
+    if tall:
+        u = u.mT
+    u = u / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(STEPS):
+        gram = u @ u.mT
+        u = torch.baddbmm(u, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), u, beta=a)
+    return u.mT if tall else u
+
+
+def case(batch: int, rows: int, columns: int, goal: float | None = None) -> Case:
+    def make(device: Any) -> dict[str, Any]:
+        torch.manual_seed(0)
+        x = torch.randn(batch, rows, columns, device=device).to(torch.bfloat16)
+        return {OURS: lambda: lambda: newton_schulz(x, steps=STEPS), TORCH: lambda: lambda: steps_in_torch(x)}
+
+    least = min(rows, columns)
+    flops = STEPS * batch * (4 * least * rows * columns + 2 * least**3)
+    return Case(
+        "Newton-Schulz", f"{batch}x{rows}x{columns}", make, 2 * 2 * batch * rows * columns, flops,
+        {} if goal is None else {TORCH: goal}, error=0.1,
+    )  # fmt: skip
+
+
+def cases(size: Size) -> list[Case]:
+    if size == "tiny":
+        return [case(2, 40, 48), case(1, 64, 32)]
+    first = [case(1, 4096, 4096, GOAL), case(8, 2048, 1408)]
+    return first if size == "quick" else [*first, case(1, 8192, 8192, GOAL), case(1, 2048, 7168), case(1, 1024, 1024)]
