@@ -17,6 +17,7 @@ _MODULE_OF = {
     "attn_res": "attnres",
     "attn_res_phase1": "attnres",
     "attn_res_merge": "attnres",
+    "attn_res_step": "attnres",
     "mla_paged_attention": "mla",
     "moe_experts": "moe",
     "moe_route": "moe",
