@@ -136,16 +136,16 @@ def kv_transfer(role: str, **extra: Any) -> list[str]:
     return ["--kv-transfer-config", json.dumps(config)]
 
 
-def random_llama(folder: Path, layers: int = 4) -> Path:
-    """A Llama of random bfloat16 weights with 8 KiB of cache a token; no tokenizer."""
+def random_llama(folder: Path) -> Path:
+    """A Llama of random float32 weights with 16 KiB of cache a token; no tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=512, intermediate_size=512, num_hidden_layers=layers,
+        vocab_size=1024, hidden_size=512, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=8, num_key_value_heads=8, head_dim=64, max_position_embeddings=4096,
-        initializer_range=0.05, dtype="bfloat16", bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2, dtype="float32", bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -10,6 +10,7 @@ memory: a trainer's GPU copies each tensor to it, a rollout worker hands verl vi
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
@@ -52,12 +53,12 @@ class TentCheckpointEngine(CheckpointEngine):
         """`metadata` is the trainer's places, then the rollout workers'."""
         idle = actor_wg_world_size - 1
         line = [metadata[0], *metadata[actor_wg_world_size:]]
-        actors = {
+        actors: dict[str, list[Any]] = {
             "rank": [0] + [-1] * idle,
             "before": [None] * actor_wg_world_size,
             "after": [line[1], *[None] * idle],
         }
-        rollouts = {
+        rollouts: dict[str, list[Any]] = {
             "rank": list(range(1, rollout_world_size + 1)),
             "before": line[:-1],
             "after": [*line[2:], None],
@@ -74,13 +75,15 @@ class TentCheckpointEngine(CheckpointEngine):
 
     async def send_weights(
         self, weights: Iterable[tuple[str, Tensor]], global_steps: int | None = None
-    ) -> dict[str, float] | None:
-        if self.rank == 0:
-            await self.chain.send(weights)
-            return None
-        for _ in weights:  # the other ranks take part in gathering each tensor, and have nothing to send
-            pass
-        return None
+    ) -> dict[str, float]:
+        """What verl logs with the step: bytes to the first rollout worker, and seconds until all workers had them."""
+        if self.rank != 0:
+            for _ in weights:  # the other ranks take part in gathering each tensor, and have nothing to send
+                pass
+            return {}
+        begin = time.perf_counter()
+        sent = await self.chain.send(weights)
+        return {"checkpoint_engine/bytes": sent, "checkpoint_engine/seconds": time.perf_counter() - begin}
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, Tensor]]:
         async for name, tensor in self.chain.receive():
