@@ -32,15 +32,18 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 class CheckpointHost(AgentHost):
-    """A process of checkpoint_host.py."""
+    """A process of checkpoint_host.py; `ready` waits for it, so that several start at once."""
 
-    def __init__(self, kind: str, prefix: list[str] | None = None, **arguments: Any) -> None:
+    def __init__(self, kind: str, **arguments: Any) -> None:
         self.name = kind
         self.process = subprocess.Popen(
-            [*(prefix or []), sys.executable, str(SCRIPT), kind, json.dumps(arguments)],
+            [sys.executable, str(SCRIPT), kind, json.dumps(arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=dict(os.environ),
         )  # fmt: skip
+
+    def ready(self) -> CheckpointHost:
         self._answer()
+        return self
 
 
 # Buckets
@@ -122,11 +125,9 @@ def test_an_update_that_ends_within_a_tensor_is_an_error() -> None:
 def line(request: pytest.FixtureRequest) -> Iterator[list[CheckpointHost]]:
     """A trainer and two receivers, with small buckets."""
     arguments = {"bucket_bytes": MIB, "timeout": 30.0, **getattr(request, "param", {})}
-    hosts: list[CheckpointHost] = []
+    hosts = [CheckpointHost("chain", **arguments) for _ in range(3)]
     try:
-        for _ in range(3):
-            hosts.append(CheckpointHost("chain", **arguments))
-        yield hosts
+        yield [host.ready() for host in hosts]
     finally:
         for host in hosts:
             host.close()
@@ -201,7 +202,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"bucket_bytes": MIB, "timeout": 0}, "timeout must be positive"),
     ):
         with pytest.raises(HostError, match=message):
-            CheckpointHost("chain", **arguments)
+            CheckpointHost("chain", **arguments).ready()
 
 
 # MoonshotAI's checkpoint-engine
@@ -211,7 +212,7 @@ def test_wrong_arguments_are_named() -> None:
 def stores() -> Iterator[tuple[CheckpointHost, CheckpointHost]]:
     pytest.importorskip("checkpoint_engine", reason="pip install checkpoint-engine")
     with CheckpointHost("store", rank=0) as a, CheckpointHost("store", rank=1) as b:
-        yield a, b
+        yield a.ready(), b.ready()
 
 
 def test_named_tensors_are_read_by_another_process(stores: tuple[CheckpointHost, CheckpointHost]) -> None:
@@ -276,5 +277,19 @@ def test_the_store_has_everything_that_checkpoint_engine_uses() -> None:
 
 
 def test_verl_has_everything_that_the_engine_uses() -> None:
-    pytest.importorskip("verl", reason="pip install verl")
+    pytest.importorskip("verl.checkpoint_engine", reason="pip install verl")
     assert missing(compat.VERL_HOOKS, LiveSource()) == []
+
+
+def test_the_first_trainer_leads_a_line_of_all_rollout_workers() -> None:
+    pytest.importorskip("verl.checkpoint_engine", reason="pip install verl")
+    from nixl_tent.checkpoint.verl import TentCheckpointEngine
+
+    places: Any = ["trainer 0", "trainer 1", "worker 0", "worker 1", "worker 2"]
+    trainers, workers = TentCheckpointEngine.build_topology(2, 3, places)
+    assert trainers == {"rank": [0, -1], "before": [None, None], "after": ["worker 0", None]}
+    assert workers == {
+        "rank": [1, 2, 3],
+        "before": ["trainer 0", "worker 0", "worker 1"],
+        "after": ["worker 1", "worker 2", None],
+    }
