@@ -21,6 +21,7 @@ from verl.workers.rollout.replica import TokenOutput  # noqa: E402
 
 from verl_seer.client import Origin, SeerClient, origin, same_weights  # noqa: E402
 from verl_seer.rollout import RouterActor  # noqa: E402
+from verl_seer.scheduler import PROBES_FIRST  # noqa: E402
 
 STOP = 1
 VOCABULARY = 40  # so a response has about 40 tokens, and a chunk of 8 often ends just at the stop token
@@ -149,10 +150,10 @@ def test_engines_that_schedule_by_priority_are_told_the_order(priorities):
     if not priorities:
         assert set(told) == {None}
         return
-    probes = [n for n in told if n < -1000]
-    chunks_of_probes = sum(-(-len(whole(prompt)) // 8) for _, session, prompt in prompts() if session == 0)
-    assert len(probes) == chunks_of_probes < len(told)
-    assert all(-64 <= n < 0 for n in told if n not in probes)  # minus what the group is thought to grow to
+    probes = [n + PROBES_FIRST for n in told if n < -1000]
+    assert probes.count(0) == 4 and all(n % 8 == 0 for n in probes)  # by what they have generated so far
+    others = [n for n in told if n >= -1000]
+    assert len(others) > 28 and all(-64 <= n < 0 for n in others)  # minus what the group is thought to grow to
 
 
 def test_servers_with_other_weights_are_refused():

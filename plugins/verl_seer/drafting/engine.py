@@ -127,6 +127,7 @@ class _Live:
     prompt: int  # tokens before the response
     limit: int  # most tokens of prompt and response
     held: int  # tokens of the response in the index
+    fresh: array = field(default_factory=lambda: array("i"))  # those that come after them
     sent: int = 0
     pending: array = field(default_factory=lambda: array("i"))
 
@@ -235,13 +236,14 @@ class EngineDrafter:
                 live = self._live[name] = self._open(name, token_ids[row, : prompts[row]], limit(name))
             elif live.group not in self._groups:  # dropped to save memory
                 self._groups.open(live.group, token_ids[row, : live.prompt])
-                live.held = 0
+                live.held, live.fresh = 0, array("i")
             response = total - live.prompt
-            if live.held + len(new) == response:
-                tokens: Any = array("i", new)
+            seen = live.held + len(live.fresh)
+            if seen + len(new) == response:
+                tokens = array("i", new)
             else:  # the request came with a part of its response, from another instance or before new weights
-                tokens = array("i", token_ids[row, live.prompt + live.held : total].tolist())
-            live.held = self._groups.append(live.group, live.response, tokens)
+                tokens = array("i", token_ids[row, live.prompt + seen : total].tolist())
+            live.fresh.extend(tokens)
             if self.link is not None:
                 have = live.sent + len(live.pending)
                 live.pending.extend(
@@ -255,6 +257,7 @@ class EngineDrafter:
     def _open(self, name: str, prompt: NDArray[np.int32], limit: int) -> _Live:
         chunk = parse_chunk(name, prompt)
         before = len(prompt) - chunk.generated
+        self._take_in()  # an earlier chunk of the same response may have left something
         self._groups.open(chunk.group, prompt[:before])
         self._used[chunk.group] = self._clock()
         held = self._groups.cursors(chunk.group).get(chunk.response, 0)
@@ -270,6 +273,7 @@ class EngineDrafter:
             high = low = most
         if not high and not low:
             return out
+        self._take_in()
         wanted = [
             (row, live, length)
             for row, live, room in rows
@@ -282,6 +286,14 @@ class EngineDrafter:
             out[row] = draft.tokens
             self.lengths.made.record(length, len(draft.tokens))
         return out
+
+    def _take_in(self) -> None:
+        """Puts what the requests have sampled into the index: many tokens at once cost a tenth of one by one, so it
+        waits until a draft is wanted, or the next flush."""
+        for live in self._live.values():
+            if live.fresh and live.group in self._groups:
+                live.held = self._groups.append(live.group, live.response, live.fresh)
+                live.fresh = array("i")
 
     def _take_news(self) -> None:
         """What the draft server sent, a bounded part of it; and forgets everything if that is what it says."""
@@ -296,6 +308,8 @@ class EngineDrafter:
             self._live.clear()
             self._used.clear()
             self._news.clear()
+        if self._news:  # which may have this engine's own tokens in it
+            self._take_in()
         taken = 0
         while self._news and taken < NEWS_PER_STEP:
             try:
@@ -308,6 +322,7 @@ class EngineDrafter:
     def _flush(self, running: set[str]) -> None:
         """Hands what is new to the link; forgets requests that have left, and groups that nothing uses."""
         now = self._flushed = self._clock()
+        self._take_in()
         updates: list[Update] = []
         cursors: dict[str, dict[str, int]] = {}
         for name, live in list(self._live.items()):

@@ -192,15 +192,18 @@ class Engine:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), engines=st.integers(1, 3))
-def test_engines_hold_what_their_groups_have_said(seed, engines):
+@given(seed=st.integers(0, 2**32), engines=st.integers(1, 3), rests=st.booleans())
+def test_engines_hold_what_their_groups_have_said(seed, engines, rests):
     """Responses grow in chunks on any engine, leave the batch and come back, weights change; exchanges come any time.
+    Engines draft in every step, or rest in most and flush in one of three.
 
     At the end each engine that runs a response of a group drafts from every response of that group, whole and once.
     """
     rng, server = random.Random(seed), DraftServer(VOCABULARY)
     links = [Direct(server) for _ in range(engines)]
-    all_engines = [Engine(link) for link in links]
+    all_engines = [Engine(link, update_seconds=3.0 if rests else 0.5, adaptive=rests) for link in links]
+    for engine in all_engines:
+        engine.drafter.lengths.next = lambda high, low: (8, 8) if rng.random() < 0.2 else (0, 0)
     prompts = {g: [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 30))] for g in "gh"}
     truth: dict[tuple[str, int], list[int]] = {(g, s): [] for g in "gh" for s in range(3)}
     place: dict[tuple[str, int], tuple[Engine, str]] = {}
@@ -247,11 +250,11 @@ def test_engines_hold_what_their_groups_have_said(seed, engines):
     for key in truth:
         if key not in place:
             put(key)
-    for _ in range(3):  # learn the epoch, send, fetch
+    for _ in range(9 if rests else 3):  # learn the epoch, send, fetch
         for engine, link in zip(all_engines, links):
             step(engine, [k for k, (e, _) in place.items() if e is engine])
             link.exchange()
-    for _ in range(2):
+    for _ in range(6 if rests else 2):
         for engine, link in zip(all_engines, links):
             engine.step({})
             link.exchange()
