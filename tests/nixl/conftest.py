@@ -39,6 +39,16 @@ def plugin_installed() -> None:
         install.install(nixl)
 
 
+@pytest.fixture(scope="module")
+def bare_nixl(plugin_installed: None) -> Iterator[None]:
+    """The plugin is not in NIXL's folder, so that processes must find it themselves."""
+    for nixl in compat.installed():
+        install.uninstall(nixl)
+    yield
+    for nixl in compat.installed():
+        install.install(nixl)
+
+
 def environment_of(folder: Path) -> dict[str, str]:
     """The variables with which agent_host.py takes its NIXL from a folder of the matrix, plugin included."""
     plugins = next(folder.glob(".nixl_cu1?.mesonpy.libs/plugins"))
