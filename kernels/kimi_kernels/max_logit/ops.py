@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._library import custom_op
-from . import cpu, reference  # noqa: F401  (register the backends)
+from . import cpu, reference, triton  # noqa: F401  (register the backends)
 
 
 @custom_op("kimi::qk_max_logits", mutates_args=())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._library import custom_op
-from . import cpu, reference  # noqa: F401  (register the backends)
+from . import cpu, reference, triton  # noqa: F401  (register the backends)
 
 
 @custom_op("kimi::rmsnorm_gated", mutates_args=())
