@@ -280,17 +280,25 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
-def test_equals_flex_attention(causal):
-    """torch's own attention, asked for its maxima: of float32 scores, per query."""
+def test_agrees_with_flex_attention(causal):
+    """torch's own attention gives each query's lse, and on a GPU its maximum. Where one score towers, they are one."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     q, k = torch.randn(2, 200, 4, 64), torch.randn(2, 200, 2, 64)
+    q[:, :, 1:3] *= 100
     seen = lambda b, h, i, j: i >= j if causal else i >= 0
-    mask = create_block_mask(seen, None, None, 200, 200, device="cpu")
-    heads = [x.transpose(1, 2) for x in (q, k, k)]
-    _, aux = flex_attention(*heads, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(max_scores=True))
-    wanted = aux.max_scores.amax((0, 2))
-    torch.testing.assert_close(largest(q, k, causal=causal), wanted, rtol=1e-6, atol=1e-6)
+    mask = create_block_mask(seen, None, None, 200, 200, device=DEVICE)
+    heads = [x.transpose(1, 2).to(DEVICE) for x in (q, k, k)]
+    request = AuxRequest(lse=True, max_scores=DEVICE == "cuda")
+    _, aux = flex_attention(*heads, block_mask=mask, enable_gqa=True, return_aux=request)
+    lse = aux.lse.cpu()
+    found = largest(q, k, causal=causal)
+    torch.testing.assert_close(found[1:3], lse.amax((0, 2))[1:3], rtol=1e-5, atol=0)
+    assert (found <= lse.amax((0, 2)) + 1e-5).all()
+    gated = largest(q, k, causal=causal, lse=lse, threshold=50.0)
+    assert torch.equal(gated, torch.where(lse.amax((0, 2)) > 50, found, lse.amax((0, 2))))
+    if DEVICE == "cuda":
+        torch.testing.assert_close(found, aux.max_scores.amax((0, 2)).cpu(), rtol=1e-5, atol=1e-5)
 
 
 def test_as_near_to_float64_as_the_reference(monkeypatch):

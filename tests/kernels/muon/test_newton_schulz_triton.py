@@ -226,23 +226,23 @@ def test_gram_form_pays_from_ten_columns_a_row_and_never_for_one_step(monkeypatc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 96, 130), (3, 70, 40), (3, 24, 300), (3, 104, 136)])
+@pytest.mark.parametrize("shape", [(2, 66, 90), (2, 70, 40), (2, 24, 300), (2, 104, 136)])
 def test_a_matrix_has_the_same_bits_alone_and_in_a_batch(shape, dtype, large):
     large(100)  # the last shape takes the library's products
+    steps = 2 if shape[2] == 300 else 1  # the Gram form never pays for one
     x = torch.randn(shape)
-    batch = schulz(x, 2, dtype=dtype)
-    assert torch.equal(schulz(x, 2, dtype=dtype), batch)
+    batch = schulz(x, steps, dtype=dtype)
+    assert torch.equal(schulz(x, steps, dtype=dtype), batch)
     for matrix, wanted in zip(x, batch):
-        assert torch.equal(schulz(matrix, 2, dtype=dtype), wanted)
+        assert torch.equal(schulz(matrix, steps, dtype=dtype), wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_large_matrices(dtype, large):
-    """Tiles of 128 and the library's products, and both where rows are not aligned for the library."""
+@pytest.mark.parametrize("shape", [(2, 136, 256), (1, 140, 131), (270, 150)])
+def test_large_matrices(shape, large):
+    """Tiles of 128 with the library's products, and without where rows are not aligned for it."""
     large(128)
-    for shape in [(2, 136, 256), (1, 140, 131), (270, 150)]:
-        x = torch.randn(shape)
-        assert error(schulz(x, 3, dtype=dtype), exact(x, 3)) < ERROR[dtype]
+    x = torch.randn(shape)
+    assert error(schulz(x, 2, dtype=torch.bfloat16), exact(x, 2)) < ERROR[torch.bfloat16]
 
 
 def test_library_products_only_where_every_matrix_of_a_batch_is_aligned(large, monkeypatch):
