@@ -56,7 +56,12 @@ class Host(AgentHost):
                 json.dumps({"mebibytes": mib, "bucket": bucket}),
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)},
+            env={
+                **os.environ,
+                **environment,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "PYTHONWARNINGS": "ignore",  # of verl's shared memory, which its two sides remove once each
+            },
         )  # fmt: skip
 
     def ready(self) -> None:

@@ -151,7 +151,7 @@ class Transfer:
         deadline = time.monotonic() + seconds
         while not self.done():
             if time.monotonic() > deadline:
-                self._release()
+                self.release()
                 raise TransferError(f"{self._what} is not done after {seconds:g} s")
             time.sleep(PAUSE)
 
@@ -159,15 +159,16 @@ class Transfer:
         try:
             state = call(self._handle)
         except Exception as error:
-            self._release()
+            self.release()
             raise TransferError(f"{self._what} failed: {_say(error)}") from error
         if state == "ERR":
-            self._release()
+            self.release()
             raise TransferError(f"{self._what} failed")
         if state == "DONE":
-            self._release()
+            self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """End it, done or not: afterwards nothing reads or writes our memory for it."""
         if not self._finished:
             self._finished = True
             self._agent.release_xfer_handle(self._handle)

@@ -102,6 +102,8 @@ class Chain:
     def leave(self) -> None:
         """End an update; memory and connections stay for the next one."""
         self._before = self._after = self._source = self._target = None
+        for write in self._writes.values():  # of an update that failed
+            write.release()
         self._writes.clear()
 
     def close(self) -> None:
