@@ -23,7 +23,7 @@ from hosts import AgentHost, introduce
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "plugins" / "nixl_tent" / "csrc"
-PROGRAMS = ("unit", "stress", "node", "fuzz_parsers", "fuzz_target", "fuzz_initiator")
+PROGRAMS = ("unit", "stress", "hosting", "node", "fuzz_parsers", "fuzz_target", "fuzz_initiator")
 
 
 def matrix() -> list[Path]:

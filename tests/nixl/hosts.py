@@ -25,9 +25,10 @@ class AgentHost:
         prefix: list[str] | None = None,
         environment: dict[str, str] | None = None,
         stderr: Any = None,
+        script: Path = SCRIPT,
     ) -> None:
         self.name = name
-        command = [*(prefix or []), sys.executable, str(SCRIPT), name, backend, json.dumps(options or {})]
+        command = [*(prefix or []), sys.executable, str(script), name, backend, json.dumps(options or {})]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, bufsize=1,
             env={**os.environ, **(environment or {})},

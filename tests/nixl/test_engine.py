@@ -24,6 +24,7 @@ def test_parts_and_engines_hold_under_the_sanitizers(
 ) -> None:
     programs = programs_with(sanitize)
     assert "all good" in run(programs / "tent_unit")
+    assert "all good" in run(programs / "tent_hosting")
     assert ", 0 failures" in run(programs / "tent_stress", 2)
 
 

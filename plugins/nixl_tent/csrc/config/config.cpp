@@ -95,6 +95,13 @@ const std::vector<Option>& options() {
       numeric("reconnect_s", "10", &Config::reconnect_s, 0.1, 3600),
       numeric("progress_s", "120", &Config::progress_s, 0.1, 86400),
       numeric("promote_ms", "10", &Config::promote_ms, 0.1, 60000),
+      {"ucx", "auto",
+       [](Config& c, const std::string& v) {
+         if (v == "auto") c.ucx = Ucx::automatic;
+         else if (v == "on") c.ucx = Ucx::on;
+         else if (v == "off") c.ucx = Ucx::off;
+         else reject("ucx", v, "auto, on or off");
+       }},
       {"file_io", "auto",
        [](Config& c, const std::string& v) {
          if (v == "auto") c.file_io = FileMethod::automatic;

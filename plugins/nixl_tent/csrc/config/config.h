@@ -12,6 +12,8 @@ namespace tent {
 
 enum class Mode { spray, fixed };  // fixed: equal shares whatever the links do, a baseline for measurements
 
+enum class Ucx { off, automatic, on };  // automatic: for memory of a GPU, where there is one
+
 enum class FileMethod { automatic, ring, threads };  // how files are read and written
 
 struct Config {
@@ -30,6 +32,7 @@ struct Config {
   double reconnect_s = 10.0;        // without any link for so long, transfers to a peer fail
   double progress_s = 120.0;        // a transfer without any progress for so long fails
   double promote_ms = 10.0;         // a waiting transfer of lower priority gets a slice after this long
+  Ucx ucx = Ucx::automatic;         // host NIXL's UCX backend
   FileMethod file_io = FileMethod::automatic;
   bool metrics = true;              // serve a snapshot on a socket in run_dir
   std::string run_dir;              // default: $XDG_RUNTIME_DIR/kimi-tent or /tmp/kimi-tent-<uid>

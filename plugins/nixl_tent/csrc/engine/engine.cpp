@@ -21,6 +21,7 @@ namespace {
 
 constexpr double TICK = 2e-3;              // between two looks at busy links
 constexpr double LONGEST_LOOK = 5e-3;      // of a late look at a link, so much counts as silence
+constexpr int HOSTED_LOOK_MS = 1;          // between two looks at what a hosted engine has under way
 constexpr double HOUSEKEEPING = 10.0;      // between two looks at sessions nobody uses
 constexpr double GOODBYE = 0.5;            // how long a closing engine waits for its notifications
 constexpr size_t READ_BUDGET = 4 << 20;    // bytes of one connection before the others get a turn
@@ -53,7 +54,7 @@ double Engine::now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-Engine::Engine(Config config, std::string agent, Drive drive)
+Engine::Engine(Config config, std::string agent, Drive drive, std::unique_ptr<Hosted> hosted)
     : config_(std::move(config)),
       policy_{config_.mode == Mode::spray, static_cast<double>(config_.slice_min),
               static_cast<double>(config_.slice_max), config_.slice_ms * 1e-3, config_.queue_ms * 1e-3},
@@ -62,6 +63,7 @@ Engine::Engine(Config config, std::string agent, Drive drive)
       epoll_(epoll_create1(EPOLL_CLOEXEC)),
       wakeup_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       timer_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
+      hosted_(std::move(hosted)),
       next_connection_(FIRST_CONNECTION),
       files_(config_.file_io, complain) {
   if (agent_.empty() || agent_.size() > 255)
@@ -70,6 +72,7 @@ Engine::Engine(Config config, std::string agent, Drive drive)
   info_.engine = random_bytes(16);
   info_.key = random_bytes(32);
   info_.host = host_identity();
+  if (hosted_ != nullptr) info_.hosted = hosted_->connection_info();
   key_ = shared_key(config_.secret, info_.key);
   for (const auto& transport : transports_)
     for (Listener& listener : transport->listen(config_, info_.engine)) {
@@ -94,6 +97,11 @@ Engine::~Engine() {
   wake();
   if (thread_.joinable()) thread_.join();
   else run();
+  if (undertaker_.joinable()) undertaker_.join();
+  if (hosted_ != nullptr) hosted_->end();
+  const std::lock_guard lock(mutex_);
+  hosting_ = Hosting::ended;
+  poll_hosted(now());
 }
 
 void Engine::wake() {
@@ -134,6 +142,7 @@ void Engine::ready(Connection& connection, uint32_t events) {
 
 bool Engine::step(int timeout_ms) {
   std::array<epoll_event, 64> events;
+  if (hosted_under_way_ > 0) timeout_ms = timeout_ms < 0 ? HOSTED_LOOK_MS : std::min(timeout_ms, HOSTED_LOOK_MS);
   const int count = epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
   const std::lock_guard lock(mutex_);
   bool timer_fired = false;
@@ -152,6 +161,7 @@ bool Engine::step(int timeout_ms) {
     }
   }
   drain_submissions();
+  poll_hosted(now());
   if (timer_fired) {
     armed_ = 0;
     tick(now());
@@ -217,11 +227,20 @@ void Engine::tick(double at) {
 
 std::string Engine::connection_info() const { return encode(info_); }
 
-Region* Engine::add_region(void* begin, size_t size) {
-  const std::lock_guard lock(mutex_);
+Region* Engine::add_region(void* begin, size_t size, MemoryKind kind, uint64_t device) {
   auto region = std::make_unique<Region>();
   region->begin = static_cast<uint8_t*>(begin);
   region->size = size;
+  region->kind = kind;
+  region->device = device;
+  if (hosted_ != nullptr)
+    region->hosted = hosted_->add_local(reinterpret_cast<uint64_t>(begin), size, kind, device, region->hosted_info);
+  const std::lock_guard lock(mutex_);
+  if (kind == MemoryKind::device) {
+    if (region->hosted == 0) return nullptr;
+    device_regions_.push_back(std::move(region));
+    return device_regions_.back().get();
+  }
   region->token = random_u64();
   if (free_slots_.empty()) {
     region->slot = static_cast<uint32_t>(regions_.size());
@@ -236,7 +255,12 @@ Region* Engine::add_region(void* begin, size_t size) {
 }
 
 void Engine::remove_region(Region* region) {
+  if (region->hosted != 0) hosted_->remove(region->hosted);
   const std::lock_guard lock(mutex_);
+  if (region->kind == MemoryKind::device) {
+    std::erase_if(device_regions_, [&](const auto& other) { return other.get() == region; });
+    return;
+  }
   for (const auto& [id, connection] : connections_) {
     connection->out.release_memory(region->begin, region->size);
     // Only what peers write here: a transfer of our own keeps its buffers by `release`.
@@ -251,7 +275,23 @@ void Engine::remove_region(Region* region) {
 }
 
 RegionInfo Engine::describe_region(const Region& region) {
-  return {region.token, reinterpret_cast<uint64_t>(region.begin), region.size, region.slot};
+  return {region.token, reinterpret_cast<uint64_t>(region.begin), region.size, region.slot,
+          static_cast<uint8_t>(region.kind), region.device, region.hosted_info};
+}
+
+Hosted::Name Engine::load_region(const std::string& agent, const RegionInfo& info) {
+  if (hosted_ == nullptr || info.hosted.empty()) return 0;
+  std::string name;
+  {
+    const std::lock_guard lock(mutex_);
+    if (const auto found = peers_.find(agent); found != peers_.end()) name = found->second->hosted_name;
+  }
+  if (name.empty()) return 0;
+  return hosted_->add_remote(name, info.address, info.length, static_cast<MemoryKind>(info.kind), info.device, info.hosted);
+}
+
+void Engine::unload_region(Hosted::Name region) {
+  if (region != 0) hosted_->remove(region);
 }
 
 void Engine::load_peer(const std::string& agent, std::string_view blob) {
@@ -260,8 +300,7 @@ void Engine::load_peer(const std::string& agent, std::string_view blob) {
   const std::lock_guard lock(mutex_);
   if (const auto known = peers_.find(agent); known != peers_.end()) {
     if (known->second->info.engine == info.engine) return;
-    known->second->removed = true;
-    fail_all(*known->second, Status::disconnected);
+    remove_peer(*known->second);
     peers_.erase(known);
   }
   auto peer = std::make_shared<Peer>(policy_);
@@ -283,6 +322,17 @@ void Engine::load_peer(const std::string& agent, std::string_view blob) {
   }
   if (peer->links.empty())
     throw std::invalid_argument("no address of agent '" + agent + "' can be reached from the links used here");
+  if (hosted_ != nullptr && hosting_ == Hosting::runs && !peer->info.hosted.empty()) {
+    // A name of its own for each life of an agent: the hosted engine never forgets one.
+    std::string name = agent + '-' + std::to_string(peer->generation);
+    if (hosted_->load_peer(name, peer->info.hosted)) {
+      Path path{{"ucx", "ucx", "", 0, 0, 0}, {"ucx", "ucx", "", 0, 0, 0}, 0};
+      peer->links.push_back(std::make_unique<Link>(path, nullptr, first_rate(path), 0, 0));
+      peer->hosted = peer->links.back().get();
+      peer->hosted->state = LinkState::up;
+      peer->hosted_name = std::move(name);
+    }
+  }
   peers_[agent] = std::move(peer);
 }
 
@@ -299,7 +349,8 @@ void Engine::want(Peer& peer) {
   const double at = now();
   if (!peer.wanted) {
     peer.wanted = true;
-    for (const auto& link : peer.links) dial(peer, *link, at);
+    for (const auto& link : peer.links)
+      if (link->transport != nullptr) dial(peer, *link, at);
   }
   arm(at + TICK);
 }
@@ -308,9 +359,14 @@ void Engine::disconnect(const std::string& agent) {
   const std::lock_guard lock(mutex_);
   const auto found = peers_.find(agent);
   if (found == peers_.end()) return;
-  found->second->removed = true;
-  fail_all(*found->second, Status::disconnected);
+  remove_peer(*found->second);
   peers_.erase(found);
+}
+
+void Engine::remove_peer(Peer& peer) {
+  peer.removed = true;
+  fail_all(peer, Status::disconnected);
+  if (peer.hosted != nullptr && peer.hosted_flights == 0) hosted_->unload_peer(peer.hosted_name);
 }
 
 std::unique_ptr<Transfer> Engine::prepare(Op op, const std::string& agent) {
@@ -353,14 +409,26 @@ void Engine::post(Transfer& transfer, std::optional<std::string> notification) {
 void Engine::release(Transfer& transfer) {
   if (transfer.peer == nullptr) return transfer.files.empty() ? copier_.cancel(transfer) : files_.cancel(transfer);
   if (transfer.status != Status::running) return;
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   {
     const std::lock_guard submitted(submit_mutex_);
     if (std::erase(submitted_, &transfer) > 0) return;
   }
   if (transfer.status != Status::running) return;
-  finish(*transfer.peer, transfer, Status::canceled);
+  if (!transfer.verdict) finish(*transfer.peer, transfer, Status::canceled);
   arm(now());   // what it held back goes out, and the target hears of it
+  // What the hosted engine has begun cannot be taken back: it ends by itself, or with that engine.
+  while (transfer.status == Status::running) {
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+    lock.lock();
+    poll_hosted(now());
+  }
+}
+
+void Engine::hurry() {
+  if (hosted_under_way_ == 0) return;
+  if (const std::unique_lock lock(mutex_, std::try_to_lock); lock.owns_lock()) poll_hosted(now());
 }
 
 bool Engine::notify(const std::string& agent, std::string message) {

@@ -1,6 +1,7 @@
 // The data plane of one agent: one progress thread moves all bytes; any thread may call the public functions.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -27,7 +28,7 @@ enum class Drive { threaded, stepped };
 class Engine {
  public:
   // Opens listeners and starts the thread. Throws std::invalid_argument where the configuration cannot be met.
-  Engine(Config config, std::string agent, Drive drive = Drive::threaded);
+  Engine(Config config, std::string agent, Drive drive = Drive::threaded, std::unique_ptr<Hosted> hosted = nullptr);
   // Waits a moment for notifications that are not acknowledged yet; running transfers are given up.
   ~Engine();
   Engine(const Engine&) = delete;
@@ -36,10 +37,16 @@ class Engine {
   const std::string& agent() const { return agent_; }
   std::string connection_info() const;
 
-  // Peers may read and write [begin, begin + size) until `remove_region` returns.
-  Region* add_region(void* begin, size_t size);
+  // Peers may read and write [begin, begin + size) until `remove_region` returns. Memory of a device only through the
+  // hosted engine: null where that does not take it.
+  Region* add_region(void* begin, size_t size, MemoryKind kind = MemoryKind::host, uint64_t device = 0);
   void remove_region(Region* region);
   static RegionInfo describe_region(const Region& region);
+
+  // A peer's region in the hosted engine; 0: it is not known there.
+  Hosted::Name load_region(const std::string& agent, const RegionInfo& info);
+  void unload_region(Hosted::Name region);
+  bool hosts() const { return hosted_ != nullptr; }
 
   // Throws std::invalid_argument for metadata that is not ours. The same agent may be loaded again.
   void load_peer(const std::string& agent, std::string_view blob);
@@ -51,6 +58,8 @@ class Engine {
   void post(Transfer& transfer, std::optional<std::string> notification);
   // After this the transfer's memory is not touched any more, finished or not.
   void release(Transfer& transfer);
+  // Looks at once whether the hosted engine is through with something, unless the engine is busy.
+  void hurry();
 
   bool notify(const std::string& agent, std::string message);
   Notifications take_notifications();
@@ -72,6 +81,7 @@ class Engine {
   void wake();
   void arm(double at);
   void want(Peer& peer);
+  void remove_peer(Peer& peer);
   void drain_submissions();
   void tick(double now);
   bool idle() const;
@@ -115,6 +125,20 @@ class Engine {
   std::optional<std::string> accept_read(Connection& connection, FrameHandler::Destination& destination);
   std::optional<std::string> pull_read(Connection& connection);
 
+  // hosting.cpp: slices through the hosted engine
+  bool begin_hosted(Peer& peer, Transfer& transfer, const Cut& cut, double at);
+  void host(Peer& peer, Transfer& transfer, const Cut& cut, double at);
+  void send_elsewhere(Peer& peer, Transfer& transfer, const Cut& cut);
+  void bar_hosted(Peer& peer, const std::string& why);
+  void end_hosting(const std::string& why);
+  void ask_for_fence(Peer& peer, double at);
+  static Link* stream_link(Peer& peer);
+  void fence_asked(Connection& connection);
+  static void fence_stands(Connection& connection);
+  bool hosted_is_stuck(Peer& peer, double at);
+  void poll_hosted(double at);
+  void hosted_over(const HostedFlight& flight, bool failed, double at);
+
   // target.cpp: slices in, answers out
   std::optional<std::string> accept_write(Connection& connection, FrameHandler::Destination& destination);
   void write_finished(Connection& connection);
@@ -145,6 +169,9 @@ class Engine {
   double armed_ = 0;        // when the timer fires, 0: not armed
   double tick_due_ = 0;
 
+  const std::unique_ptr<Hosted> hosted_;
+  std::atomic<uint32_t> hosted_under_way_{0};
+
   mutable std::mutex mutex_;   // everything from here on
   std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;
   std::vector<uint64_t> closed_;
@@ -156,6 +183,11 @@ class Engine {
   std::vector<std::unique_ptr<Region>> regions_;
   std::vector<uint32_t> free_slots_;
   uint64_t finished_ = 0, failed_ = 0, rejected_ = 0;
+  std::vector<std::unique_ptr<Region>> device_regions_;
+  std::list<HostedFlight> hosted_flights_;
+  Hosting hosting_ = Hosting::runs;
+  double hosted_polled_ = 0;
+  std::vector<uint64_t> fence_askers_;   // connections
   bool stopping_ = false;
   double leave_at_ = 0;     // a closing engine waits no longer
 
@@ -168,6 +200,7 @@ class Engine {
   LocalCopier copier_;
   FileIo files_;
   std::unique_ptr<class MetricsServer> metrics_;
+  std::thread undertaker_;   // of the hosted engine
   std::thread thread_;
 };
 

@@ -17,7 +17,8 @@ void Engine::start(Transfer& transfer, double at) {
   transfer.plan.rewind();
   transfer.slices.clear();
   transfer.finished = 0;
-  transfer.repeated = transfer.queued = transfer.awaiting_end = false;
+  transfer.repeated = transfer.queued = transfer.awaiting_end = transfer.was_hosted = false;
+  transfer.verdict.reset();
   transfer.posted = transfer.last_progress = transfer.last_service = at;
   transfer.deadline = transfer.deadline_seconds > 0 ? at + transfer.deadline_seconds : 0;
   if (peer.removed) {
@@ -30,6 +31,11 @@ void Engine::start(Transfer& transfer, double at) {
   peer.active[transfer.id] = &transfer;
   if (transfer.deadline > 0) ++peer.deadlines;
   if (transfer.plan.total() == 0) return all_slices_done(peer, transfer);
+  if (transfer.hosted_only) {
+    while (!transfer.verdict && transfer.status == Status::running && transfer.plan.remaining() > 0)
+      host(peer, transfer, transfer.plan.cut(MAX_SLICE, MAX_SEGMENTS), at);
+    return;
+  }
   peer.queues[static_cast<size_t>(transfer.priority)].push_back(transfer.id);
   peer.backlog += static_cast<double>(transfer.plan.total());
 }
@@ -72,8 +78,16 @@ Transfer* Engine::pick(Peer& peer, double at) {
 void Engine::pump(Peer& peer, double at) {
   std::vector<LinkLoad> loads;
   while (peer.backlog > 0) {
+    Transfer* transfer = peer.again.empty() ? pick(peer, at) : nullptr;
     loads.clear();
     for (const auto& link : peer.links) loads.push_back(link->load());
+    if (peer.hosted != nullptr) {
+      // Only what it knows all memory of, and with a link of ours that tells the target of its end.
+      LinkLoad& hosted = loads.back();
+      hosted.usable = hosted.usable && config_.ucx == Ucx::on && transfer != nullptr && transfer->hostable &&
+                      stream_link(peer) != nullptr;
+      hosted.slices = peer.hosted_flights;
+    }
     const auto choice = peer.scheduler.next(loads, peer.backlog);
     if (!choice) break;
     Link& link = *peer.links[choice->link];
@@ -90,11 +104,9 @@ void Engine::pump(Peer& peer, double at) {
       send_slice(link, *found->second, index, at);
       continue;
     }
-    Transfer* transfer = pick(peer, at);
     if (transfer == nullptr) break;
-    const auto index = static_cast<uint32_t>(transfer->slices.size());
-    transfer->slices.push_back({transfer->plan.cut(choice->bytes, MAX_SEGMENTS)});
-    peer.backlog -= transfer->slices.back().cut.bytes;
+    const Cut cut = transfer->plan.cut(choice->bytes, MAX_SEGMENTS);
+    peer.backlog -= cut.bytes;
     transfer->last_service = at;
     // Turn by turn within a priority, so that a small transfer does not wait for a large one.
     auto& queue = peer.queues[static_cast<size_t>(transfer->priority)];
@@ -102,8 +114,15 @@ void Engine::pump(Peer& peer, double at) {
       queue.pop_front();
       if (transfer->plan.remaining() > 0) queue.push_back(transfer->id);
     }
+    if (&link == peer.hosted) {
+      host(peer, *transfer, cut, at);
+      continue;
+    }
+    const auto index = static_cast<uint32_t>(transfer->slices.size());
+    transfer->slices.push_back({cut});
     send_slice(link, *transfer, index, at);
-    if (transfer->plan.remaining() == 0 && transfer->op == Op::write && transfer->notification) {
+    if (transfer->plan.remaining() == 0 && transfer->op == Op::write && transfer->notification &&
+        !transfer->was_hosted) {
       Control control;
       control.flags = FLAG_TOTAL | FLAG_NOTIFY;
       control.total = static_cast<uint32_t>(transfer->slices.size());
@@ -115,7 +134,7 @@ void Engine::pump(Peer& peer, double at) {
   }
   if (peer.backlog <= 0 && config_.hedge && policy_.spray && !peer.active.empty()) hedge(peer, at);
   for (const auto& link : peer.links)
-    if (link->state == LinkState::up && !link->connection->out.empty() && !link->connection->watching_output)
+    if (link->connection != nullptr && link->state == LinkState::up && !link->connection->out.empty() && !link->connection->watching_output)
       flush(*link->connection);
 }
 
@@ -123,6 +142,7 @@ void Engine::hedge(Peer& peer, double at) {
   if (peer.links.size() < 2) return;
   std::vector<LinkLoad> loads;
   for (const auto& link : peer.links) loads.push_back(link->load());
+  if (peer.hosted != nullptr) loads.back().usable = false;   // what it has begun cannot be taken back
   for (size_t owner = 0; owner < peer.links.size(); ++owner) {
     if (peer.links[owner]->state != LinkState::up) continue;
     double ahead = 0;
@@ -154,7 +174,7 @@ void Engine::send_slice(Link& link, Transfer& transfer, uint32_t index, double a
   header.transfer = transfer.id;
   header.slice = index;
   if (write && transfer.notification) header.flags = FLAG_NOTIFY;
-  if (write && transfer.plan.remaining() == 0) {
+  if (write && transfer.plan.remaining() == 0 && !transfer.was_hosted) {
     header.flags |= FLAG_TOTAL;
     header.aux = static_cast<uint32_t>(transfer.slices.size());
   }
@@ -221,16 +241,21 @@ void Engine::slice_finished(Connection& connection, double at) {
     peer.backlog -= slice.cut.bytes;
   }
   if (transfer.op == Op::read && slice.copies > 0) discard_arriving(peer, transfer.id, header.slice);
-  if (++transfer.finished == transfer.slices.size() && transfer.plan.remaining() == 0)
+  if (++transfer.finished == transfer.slices.size() && transfer.plan.remaining() == 0 && transfer.hosted == 0)
     all_slices_done(peer, transfer);
 }
 
 void Engine::all_slices_done(Peer& peer, Transfer& transfer) {
-  const bool told = transfer.op == Op::write && transfer.plan.total() > 0;   // the end went with the last slice
-  if (transfer.notification && !told) {
+  // The end went with the last slice, unless the hosted engine carried some that the target does not count.
+  const bool told = transfer.op == Op::write && transfer.plan.total() > 0 && !transfer.was_hosted;
+  if (!told && (transfer.notification || (transfer.op == Op::write && transfer.was_hosted))) {
     Control control;
-    control.flags = FLAG_TOTAL | FLAG_NOTIFY;
-    control.payload = *transfer.notification;
+    control.flags = FLAG_TOTAL;
+    control.total = transfer.op == Op::write ? static_cast<uint32_t>(transfer.slices.size()) : 0;
+    if (transfer.notification) {
+      control.flags |= FLAG_NOTIFY;
+      control.payload = *transfer.notification;
+    }
     control.waiter = transfer.id;
     transfer.awaiting_end = true;
     return queue_control(peer, transfer.op == Op::write ? transfer.id : peer.next_write++, std::move(control));
@@ -279,7 +304,7 @@ void Engine::finish(Peer& peer, Transfer& transfer, Status status) {
   const uint64_t id = transfer.id;
   peer.active.erase(id);
   if (transfer.deadline > 0) --peer.deadlines;
-  peer.backlog -= static_cast<double>(transfer.plan.remaining());
+  if (!transfer.hosted_only) peer.backlog -= static_cast<double>(transfer.plan.remaining());
   for (Slice& slice : transfer.slices)
     if (slice.waiting) peer.backlog -= slice.cut.bytes;
   if (peer.active.empty()) peer.backlog = 0;
@@ -300,7 +325,8 @@ void Engine::finish(Peer& peer, Transfer& transfer, Status status) {
     if (transfer.op == Op::write && !peer.removed) queue_control(peer, id, {.flags = FLAG_ABORT});
   }
   ++(done ? finished_ : failed_);
-  transfer.status.store(status, std::memory_order_release);   // from here on it may be freed
+  if (transfer.hosted > 0) transfer.verdict = status;   // its memory is not free before
+  else transfer.status.store(status, std::memory_order_release);   // from here on it may be freed
 }
 
 void Engine::check_transfers(Peer& peer, double at) {
@@ -326,7 +352,7 @@ void Engine::send_controls(Peer& peer) {
   Link* best = nullptr;
   double lowest = 0;
   for (const auto& link : peer.links) {
-    if (!link->usable()) continue;
+    if (!link->usable() || link->connection == nullptr) continue;
     const double time = predicted(link->load(), 0) + link->round_trip;
     if (best == nullptr || time < lowest) best = link.get(), lowest = time;
   }
@@ -373,6 +399,7 @@ void Engine::fail_all(Peer& peer, Status status) {
   peer.gone_since = 0;
   for (const auto& link : peer.links) {
     if (link->connection != nullptr) close(*link->connection, "given up");
+    if (link.get() == peer.hosted) continue;   // what is in it goes on
     link->in_flight.clear();
     link->outstanding = 0;
   }

@@ -197,7 +197,7 @@ void Engine::close(Connection& connection, const std::string& why, bool abrupt) 
     if (control.connection == connection.id) control.connection = 0;
   // The target may still hold the other half of a connection that died here; a live link can tell it so.
   for (const auto& other : peer.links)
-    if (other->usable()) {
+    if (other->usable() && other->connection != nullptr) {
       send_frame(*other->connection, Header{.kind = Kind::drop, .transfer = connection.name});
       break;
     }
@@ -379,12 +379,13 @@ void Engine::check_links(Peer& peer, double at, double slept) {
   std::vector<std::pair<Link*, double>> silent;   // with how long
   for (const auto& pointer : peer.links) {
     Link& link = *pointer;
+    if (link.transport == nullptr) continue;
     if (link.state == LinkState::down) {
       if (peer.wanted && !link.barred && at >= link.retry_at) dial(peer, link, at);
       continue;
     }
     if (link.state != LinkState::up) {
-      const bool others = std::any_of(peer.links.begin(), peer.links.end(), [](const auto& l) { return l->usable(); });
+      const bool others = std::any_of(peer.links.begin(), peer.links.end(), [](const auto& l) { return l->usable() && l->connection != nullptr; });
       const double bound = link.state == LinkState::dialling ? DIAL_SECONDS
                            : others                          ? SHORT_HANDSHAKE
                                                              : HANDSHAKE_SECONDS;
@@ -446,7 +447,9 @@ void Engine::check_links(Peer& peer, double at, double slept) {
   if (peer.gone_since == 0) peer.gone_since = at;
   peer.gone_since = std::min(at, peer.gone_since + slept);
   const bool nobody = std::all_of(peer.links.begin(), peer.links.end(),
-                                  [](const auto& link) { return link->barred || link->refused_dial; });
+                                  [](const auto& link) {
+    return link->barred || link->refused_dial || link->transport == nullptr;
+  });
   const double gone = at - peer.gone_since;
   if (gone > config_.reconnect_s || (nobody && gone > std::min(NOBODY_LISTENS, config_.reconnect_s)))
     fail_all(peer, Status::disconnected);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "engine/connection.h"
+#include "engine/hosted.h"
 #include "engine/transfer.h"
 #include "health/stall.h"
 #include "scheduler/rate.h"
@@ -24,7 +25,11 @@ struct Region {
   uint8_t* begin = nullptr;
   size_t size = 0;
   uint64_t token = 0;
-  uint32_t slot = 0;
+  uint32_t slot = NO_SLOT;
+  MemoryKind kind = MemoryKind::host;
+  uint64_t device = 0;
+  Hosted::Name hosted = 0;
+  std::string hosted_info = {};   // what a peer's hosted engine needs
 };
 
 struct InFlight {
@@ -52,9 +57,22 @@ struct LinkCounters {
   }
 };
 
+// A slice in the hosted engine.
+struct HostedFlight {
+  Transfer* transfer;
+  std::shared_ptr<Peer> peer;
+  Cut cut;
+  Hosted::Name posted;
+  double sent;
+  Hosted::State state = Hosted::State::running;
+};
+
+enum class Hosting { runs, ends, ended };
+enum class Fence { none, wanted, stands };   // whether the target's hosted engine has ended
+
 enum class LinkState { down, dialling, proving, up };
 
-// The dialler's side of one path to a peer.
+// The dialler's side of one path to a peer; or, without a transport and never with a connection, the hosted engine's.
 struct Link {
   Link(const Path& p, const Transport* t, double first_rate, double stall_floor, double look)
       : path(p), transport(t), rate(first_rate), stall(stall_floor, look) {}
@@ -110,6 +128,14 @@ struct Peer {
   uint64_t next_read = 1;
   uint64_t next_order = 1;          // of plain notifications
   std::unordered_map<uint64_t, Transfer*> active;
+  Link* hosted = nullptr;           // in `links`, if both sides host
+  std::string hosted_name;          // the peer's name there
+  uint32_t hosted_flights = 0;
+  double hosted_sign = 0;           // when something last finished there, or the first began
+  double hosted_ping = 0;
+  Fence fence = Fence::none;
+  uint64_t fence_connection = 0;    // where it was asked for
+  double fence_asked = 0;
   std::array<std::deque<uint64_t>, PRIORITIES> queues;   // transfers with bytes not cut yet
   std::deque<std::pair<uint64_t, uint32_t>> again;       // slices to send again
   double backlog = 0;               // bytes not given to any link

@@ -34,6 +34,7 @@ std::optional<std::string> Engine::Dispatcher::on_header(Destination& destinatio
     case Kind::read:
     case Kind::ping:
     case Kind::drop:
+    case Kind::fence:
       if (from_target) return "a target does not ask";
       return std::nullopt;
     case Kind::read_data:
@@ -44,6 +45,7 @@ std::optional<std::string> Engine::Dispatcher::on_header(Destination& destinatio
     case Kind::nack:
     case Kind::end_ack:
     case Kind::pong:
+    case Kind::fenced:
       if (!from_target) return "an initiator does not answer";
       return std::nullopt;
     default: return "unknown frame";
@@ -66,6 +68,8 @@ std::optional<std::string> Engine::Dispatcher::handle() {
     case Kind::read: engine_.serve_read(connection_); break;
     case Kind::end: engine_.end_received(connection_); break;
     case Kind::ping: engine_.answer(connection_, Kind::pong); break;
+    case Kind::fence: engine_.fence_asked(connection_); break;
+    case Kind::fenced: fence_stands(connection_); break;
     case Kind::drop: engine_.drop_named(*connection_.session, in.header.transfer); break;
     case Kind::read_ref:
       if (auto wrong = engine_.pull_read(connection_)) return wrong;

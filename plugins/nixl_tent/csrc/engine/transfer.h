@@ -62,6 +62,8 @@ struct Transfer {
   std::vector<FilePiece> files;    // local; then there are no copies. None is empty
   Priority priority = Priority::normal;
   double deadline_seconds = 0;     // after the post; 0: none
+  bool hostable = false;           // the hosted engine knows all of its memory
+  bool hosted_only = false;        // and nothing else reaches it
 
   // Read by any thread.
   std::atomic<Status> status{Status::done};
@@ -74,6 +76,9 @@ struct Transfer {
   bool repeated = false;           // some slice had two copies
   bool queued = false;             // in its peer's queue
   bool awaiting_end = false;       // the notification is not acknowledged yet
+  uint32_t hosted = 0;             // slices under way in the hosted engine, or waiting for its end
+  bool was_hosted = false;         // the target does not know of some slices: it is told of the end by a frame
+  std::optional<Status> verdict;   // how it ends once no slice is under way in the hosted engine
   double posted = 0;
   double deadline = 0;             // absolute; 0: none
   double last_progress = 0;

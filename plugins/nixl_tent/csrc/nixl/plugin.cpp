@@ -1,6 +1,4 @@
 // NIXL's view of the engine: translation only.
-#include <dlfcn.h>
-#include <link.h>
 #include <sys/stat.h>
 
 #include <cstdio>
@@ -13,7 +11,9 @@
 #include <unordered_set>
 
 #include "engine/engine.h"
+#include "nixl/child.h"
 #include "nixl/interface.h"
+#include "nixl/plugin.h"
 
 namespace {
 
@@ -35,8 +35,9 @@ struct FileMetadata final : nixl::Metadata {
 };
 
 struct RemoteMetadata final : nixl::Metadata {
-  explicit RemoteMetadata(const tent::RegionInfo& i) : Metadata(false), info(i) {}
+  RemoteMetadata(const tent::RegionInfo& i, tent::Hosted::Name h) : Metadata(false), info(i), hosted(h) {}
   tent::RegionInfo info;
+  tent::Hosted::Name hosted;
 };
 
 // What an agent publishes of its files, which only itself may use: NIXL wants a text for each.
@@ -45,23 +46,6 @@ constexpr const char* FILE_INFO = "TENTf";
 struct Handle final : nixl::Request {
   std::unique_ptr<tent::Transfer> transfer;
 };
-
-// NIXL's own table of functions of its descriptor lists, where its library exports one. Two destructors and three
-// functions behind two words: if that changes, so may everything that interface.h says of lists.
-const void* list_table(bool& wrong_size) {
-  wrong_size = false;
-  void* library = dlopen("libnixl.so", RTLD_LAZY | RTLD_NOLOAD);
-  if (library == nullptr) return nullptr;
-  const void* table = dlsym(library, "_ZTV12nixlDescListI12nixlMetaDescE");
-  Dl_info info{};
-  const ElfW(Sym)* symbol = nullptr;
-  if (table != nullptr &&
-      dladdr1(table, &info, reinterpret_cast<void**>(const_cast<ElfW(Sym)**>(&symbol)), RTLD_DL_SYMENT) != 0 &&
-      symbol != nullptr)
-    wrong_size = symbol->st_size != 7 * sizeof(void*);
-  dlclose(library);
-  return table;
-}
 
 // Refuses to work with a NIXL whose structures are not those of interface.h, before anything is read from them that
 // could be wrong: a text where the type must be, sane flags, a map that answers.
@@ -75,9 +59,9 @@ void self_test(const nixl::InitParameters& init) {
   std::memcpy(&type_length, reinterpret_cast<const char*>(&init.type) + sizeof(void*), sizeof type_length);
   if (type_length != std::strlen(NAME) || init.type != NAME) fail("the backend's type is not where it must be");
   if (init.options == nullptr || init.options->size() > 4096) fail("the options are not where they must be");
-  bool wrong_size = false;
-  list_table(wrong_size);
-  if (wrong_size) fail("descriptor lists have other functions");
+  size_t table_bytes = 0;
+  if (tent::list_table(table_bytes) != nullptr && table_bytes != 0 && table_bytes != tent::LIST_TABLE_BYTES)
+    fail("descriptor lists have other functions");
 }
 
 tent::Priority priority_of(const std::string& name) {
@@ -112,18 +96,23 @@ nixl::Result result_of(tent::Status status) { return static_cast<nixl::Result>(s
 class Backend final : public nixl::Engine {
  public:
   explicit Backend(const nixl::InitParameters& init)
-      : Engine(init), engine_(tent::read_config(*init.options), init.agent) {}
+      : Backend(init, tent::read_config(*init.options)) {}
 
   bool supports_remote() const override { return true; }
   bool supports_local() const override { return true; }
   bool supports_notifications() const override { return true; }
-  std::vector<nixl::Memory> memories() const override { return {nixl::DRAM, nixl::FILE}; }
+  std::vector<nixl::Memory> memories() const override {
+    if (engine_.hosts()) return {nixl::DRAM, nixl::FILE, nixl::VRAM};
+    return {nixl::DRAM, nixl::FILE};
+  }
 
   nixl::Result register_memory(const nixl::BlobDescriptor& memory, const nixl::Memory& kind,
                                nixl::Metadata*& out) override {
     if (kind == nixl::FILE) return register_file(memory, out);
-    if (kind != nixl::DRAM) return nixl::ERR_NOT_SUPPORTED;
-    out = new LocalMetadata(engine_.add_region(reinterpret_cast<void*>(memory.address), memory.length));
+    if (kind != nixl::DRAM && kind != nixl::VRAM) return nixl::ERR_NOT_SUPPORTED;
+    tent::Region* region = engine_.add_region(reinterpret_cast<void*>(memory.address), memory.length, kind_of(kind), memory.device);
+    if (region == nullptr) return nixl::ERR_NOT_SUPPORTED;
+    out = new LocalMetadata(region);
     return nixl::SUCCESS;
   }
 
@@ -151,7 +140,10 @@ class Backend final : public nixl::Engine {
     // `load_local` hands out the region's own metadata, which an agent that closes may have deregistered already:
     // what is not in our book must not even be looked at.
     const std::lock_guard lock(mutex_);
-    if (remote_.erase(metadata) > 0) delete metadata;
+    if (remote_.erase(metadata) > 0) {
+      const std::unique_ptr<RemoteMetadata> ours(static_cast<RemoteMetadata*>(metadata));
+      engine_.unload_region(ours->hosted);
+    }
     return nixl::SUCCESS;
   }
 
@@ -162,14 +154,21 @@ class Backend final : public nixl::Engine {
     auto transfer = engine_.prepare(operation == nixl::WRITE ? tent::Op::write : tent::Op::read, agent);
     if (transfer == nullptr) return nixl::ERR_NOT_FOUND;
     if (options != nullptr) apply_custom(options->custom, *transfer);
-    if (local.memory != nixl::DRAM)
-      throw std::invalid_argument("the local side of a transfer must be DRAM");
+    const bool on_device = local.memory == nixl::VRAM || remote.memory == nixl::VRAM;
+    if (local.memory != nixl::DRAM && !on_device)
+      throw std::invalid_argument("the local side of a transfer must be DRAM or VRAM");
+    if (on_device && (transfer->peer == nullptr || remote.memory == nixl::FILE))
+      throw std::invalid_argument("VRAM moves between two agents only, not inside one and not to files");
+    transfer->hosted_only = on_device;
+    transfer->hostable = true;
     if (remote.memory == nixl::FILE && transfer->peer != nullptr)
       throw std::invalid_argument("files of agent '" + agent + "' can only be used by that agent itself");
     for (size_t i = 0; i < local.items.size(); ++i) {
       if (remote.memory == nixl::FILE) add_file(*transfer, local.items[i], remote.items[i]);
       else if (!add(*transfer, local.items[i], remote.items[i])) return nixl::ERR_MISMATCH;
     }
+    if (transfer->hosted_only && !transfer->hostable)
+      throw std::invalid_argument("VRAM needs NIXL's UCX on both sides (option ucx): agent '" + agent + "' or this one has none");
     auto made = std::make_unique<Handle>();
     made->transfer = std::move(transfer);
     handle = made.release();
@@ -192,6 +191,7 @@ class Backend final : public nixl::Engine {
   }
 
   nixl::Result check(nixl::Request* handle) const override {
+    engine_.hurry();
     return result_of(static_cast<Handle*>(handle)->transfer->status.load(std::memory_order_acquire));
   }
 
@@ -230,14 +230,14 @@ class Backend final : public nixl::Engine {
 
   nixl::Result load_remote(const nixl::BlobDescriptor& input, const nixl::Memory& kind, const std::string& agent,
                            nixl::Metadata*& out) override try {
-    if (kind != nixl::DRAM && kind != nixl::FILE) return nixl::ERR_NOT_SUPPORTED;
+    if (kind != nixl::DRAM && kind != nixl::VRAM && kind != nixl::FILE) return nixl::ERR_NOT_SUPPORTED;
     tent::RegionInfo info;
-    if (kind == nixl::DRAM) {
+    if (kind != nixl::FILE) {
       info = tent::decode_region(input.blob);
-      if (info.address != input.address || info.length != input.length)
+      if (info.address != input.address || info.length != input.length || info.kind != static_cast<uint8_t>(kind_of(kind)))
         throw std::invalid_argument("region info does not belong to its descriptor");
     }
-    out = new RemoteMetadata(info);
+    out = new RemoteMetadata(info, engine_.load_region(agent, info));
     const std::lock_guard lock(mutex_);
     remote_.insert(out);
     return nixl::SUCCESS;
@@ -287,6 +287,25 @@ class Backend final : public nixl::Engine {
   }
 
  private:
+  Backend(const nixl::InitParameters& init, const tent::Config& config)
+      : Engine(init), engine_(config, init.agent, tent::Drive::threaded, hosted_for(config, init.agent)) {}
+
+  static std::unique_ptr<tent::Hosted> hosted_for(const tent::Config& config, const std::string& agent) {
+    if (config.ucx == tent::Ucx::off || (config.ucx == tent::Ucx::automatic && !tent::has_gpu())) return nullptr;
+    try {
+      return tent::host_ucx(agent);
+    } catch (const std::runtime_error& error) {
+      if (config.ucx == tent::Ucx::on)
+        throw std::runtime_error(std::string("option ucx: NIXL's UCX cannot be hosted here: ") + error.what());
+      say(std::string("VRAM is not supported here, because NIXL's UCX cannot be hosted: ") + error.what());
+      return nullptr;
+    }
+  }
+
+  static tent::MemoryKind kind_of(nixl::Memory memory) {
+    return memory == nixl::VRAM ? tent::MemoryKind::device : tent::MemoryKind::host;
+  }
+
   static bool inside(uintptr_t address, size_t length, uintptr_t begin, size_t size) {
     return address >= begin && length <= size && address - begin <= size - length;
   }
@@ -345,7 +364,10 @@ class Backend final : public nixl::Engine {
     }
     const tent::RegionInfo& info = static_cast<const RemoteMetadata*>(there.metadata)->info;
     if (!inside(there.address, there.length, info.address, info.length)) return false;
-    transfer.plan.add({local, info.token, there.address - info.address, there.length, info.slot});
+    const tent::Hosted::Name hosted = static_cast<const RemoteMetadata*>(there.metadata)->hosted;
+    transfer.plan.add({local, info.token, there.address - info.address, there.length, info.slot, region.hosted, hosted,
+                       there.address});
+    transfer.hostable = transfer.hostable && region.hosted != 0 && hosted != 0;
     return true;
   }
 
@@ -382,7 +404,7 @@ std::vector<nixl::Memory> memories() { return {nixl::DRAM, nixl::FILE}; }
 
 extern "C" {
 
-__attribute__((visibility("default"))) nixl::Plugin* nixl_plugin_init() {
+nixl::Plugin* nixl_plugin_init() {
   static nixl::Plugin plugin{1, create, destroy, name, version, options, memories};
   return &plugin;
 }

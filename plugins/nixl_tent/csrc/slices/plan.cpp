@@ -11,7 +11,8 @@ void Plan::add(const Piece& piece) {
   total_ += piece.length;
   if (!pieces_.empty()) {
     Piece& last = pieces_.back();
-    if (last.slot == piece.slot && last.token == piece.token && last.local + last.length == piece.local &&
+    if (last.slot == piece.slot && last.token == piece.token && last.hosted_here == piece.hosted_here &&
+        last.hosted_there == piece.hosted_there && last.local + last.length == piece.local &&
         last.offset + last.length == piece.offset) {
       last.length += piece.length;
       return;

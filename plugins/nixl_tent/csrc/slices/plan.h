@@ -14,6 +14,9 @@ struct Piece {
   uint64_t offset = 0;    // into the remote region
   uint64_t length = 0;
   uint32_t slot = 0;      // of the remote region
+  uint64_t hosted_here = 0;    // names in the hosted engine of both regions; 0: it does not know one of them
+  uint64_t hosted_there = 0;
+  uint64_t address = 0;        // of the remote bytes, there
 };
 
 // Where a slice begins and how much it covers; its rows are found again from the plan when they are needed.

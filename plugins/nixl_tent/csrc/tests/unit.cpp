@@ -327,6 +327,11 @@ void framing() {
   const std::string region = tent::encode(tent::RegionInfo{1, 0x1000, 0x2000, 3});
   EXPECT(tent::decode_region(region).length == 0x2000);
   EXPECT(!error_of([&] { tent::decode_region(tent::encode(tent::RegionInfo{1, ~0ull - 5, 100, 3})); }).empty());
+  EXPECT(!error_of([&] { tent::decode_region(tent::encode(tent::RegionInfo{1, 0, 100, 3, 2})); }).empty());
+  tent::RegionInfo hosted{1, 0x1000, 0x2000, 3, 1, 7, std::string(tent::MAX_HOSTED, 'h')};
+  EXPECT(tent::encode(tent::decode_region(tent::encode(hosted))) == tent::encode(hosted));
+  hosted.hosted += 'h';
+  EXPECT(!error_of([&] { tent::decode_region(tent::encode(hosted)); }).empty());
   std::mt19937 random(3);
   for (int i = 0; i < 20000; ++i) {   // whatever bytes: an answer or a refusal, never a crash
     std::string noise = blob;

@@ -42,6 +42,8 @@ constexpr Bounds BOUNDS[] = {
     {Kind::ping, false, 0, 0},
     {Kind::pong, false, 0, 0},
     {Kind::drop, false, 0, 0},
+    {Kind::fence, false, 0, 0},
+    {Kind::fenced, false, 0, 0},
 };
 
 }  // namespace

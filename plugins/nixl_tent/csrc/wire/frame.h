@@ -39,6 +39,8 @@ enum class Kind : uint8_t {
   ping,         // makes the kernels exchange acknowledgements, and the processes a word
   pong,
   drop,         // close the connection named by `transfer`: its dialler has given it up
+  fence,        // end the engine that you host: slices that it carried will be sent again
+  fenced,       // it has ended: nothing is written through it any more
 };
 
 enum Flags : uint16_t {

@@ -9,14 +9,15 @@ namespace {
 
 constexpr std::string_view CONNECTION = "TENTc";
 constexpr std::string_view REGION = "TENTr";
+constexpr uint8_t VERSION = 2;
 constexpr size_t MAX_ENDPOINTS = 64;
 
 void open(Reader& reader, std::string_view mark, const char* what) {
   if (reader.raw(mark.size()) != mark)
     throw std::invalid_argument(std::string(what) + " is not TENT metadata: both agents need this backend");
-  if (const int version = reader.take<uint8_t>(); reader.good() && version != WIRE_VERSION)
+  if (const int version = reader.take<uint8_t>(); reader.good() && version != VERSION)
     throw std::invalid_argument(std::string(what) + " has version " + std::to_string(version) +
-                                ", this side reads " + std::to_string(WIRE_VERSION) +
+                                ", this side reads " + std::to_string(VERSION) +
                                 ": install the same kimi-stack on both sides");
 }
 
@@ -28,7 +29,7 @@ void close(const Reader& reader, const char* what) {
 
 std::string encode(const ConnectionInfo& info) {
   std::string out(CONNECTION);
-  put(out, WIRE_VERSION);
+  put(out, VERSION);
   put_text(out, info.engine);
   put_text(out, info.key);
   put_text(out, info.host);
@@ -41,6 +42,7 @@ std::string encode(const ConnectionInfo& info) {
     put(out, endpoint.prefix);
     put(out, endpoint.mbits);
   }
+  put_text(out, info.hosted);
   return out;
 }
 
@@ -64,6 +66,7 @@ ConnectionInfo decode_connection(std::string_view blob) {
     endpoint.mbits = reader.take<uint32_t>();
     info.endpoints.push_back(std::move(endpoint));
   }
+  info.hosted = reader.text(MAX_HOSTED);
   close(reader, what);
   if (info.engine.size() != 16 || info.key.size() != 32)
     throw std::invalid_argument("connection info is cut short or damaged");
@@ -72,11 +75,14 @@ ConnectionInfo decode_connection(std::string_view blob) {
 
 std::string encode(const RegionInfo& info) {
   std::string out(REGION);
-  put(out, WIRE_VERSION);
+  put(out, VERSION);
   put(out, info.token);
   put(out, info.address);
   put(out, info.length);
   put(out, info.slot);
+  put(out, info.kind);
+  put(out, info.device);
+  put_text(out, info.hosted);
   return out;
 }
 
@@ -89,7 +95,11 @@ RegionInfo decode_region(std::string_view blob) {
   info.address = reader.take<uint64_t>();
   info.length = reader.take<uint64_t>();
   info.slot = reader.take<uint32_t>();
+  info.kind = reader.take<uint8_t>();
+  info.device = reader.take<uint64_t>();
+  info.hosted = reader.text(MAX_HOSTED);
   close(reader, what);
+  if (info.kind > 1) throw std::invalid_argument("region info names an unknown kind of memory");
   if (info.address + info.length < info.address) throw std::invalid_argument("region info wraps around");
   return info;
 }

@@ -25,13 +25,21 @@ struct ConnectionInfo {
   std::string key;      // 32 random bytes: whoever holds this metadata may talk to the agent
   std::string host;     // equal on two engines of one network namespace of one boot
   std::vector<Endpoint> endpoints;
+  std::string hosted = {};   // how to reach the engine that it hosts; empty: it hosts none
 };
+
+constexpr size_t MAX_HOSTED = 16 << 10;   // bytes of what a hosted engine publishes of itself or of a region
+constexpr uint32_t NO_SLOT = UINT32_MAX;   // of a region that only a hosted engine reaches
+
 
 struct RegionInfo {
   uint64_t token = 0;
   uint64_t address = 0;
   uint64_t length = 0;
   uint32_t slot = 0;
+  uint8_t kind = 0;      // of memory: MemoryKind
+  uint64_t device = 0;
+  std::string hosted = {};   // what a peer's hosted engine needs of it; empty: it is not known there
 };
 
 std::string encode(const ConnectionInfo& info);
