@@ -1,4 +1,4 @@
-"""TENT over links of a chosen rate, against NIXL's UCX and against our own equal split, in turns.
+"""TENT over links of a chosen rate, against NIXL's UCX, Mooncake's TCP engine and our own equal split, in turns.
 
     python -m benchmarks.tent [--quick] [--only PART] [--repeats N] [--out FOLDER]
 
@@ -13,6 +13,13 @@ as failed, the others go on, and the exit status is 1.
 - Latency: WRITEs of 8 MiB one after the other, and of 64 KiB and 8 MiB while a large one is always under way.
 - One host: WRITE of 1 GiB between two processes, against a copy inside one; 64 bytes and 256 x 64 bytes, per call.
 
+Mooncake's TCP has one link, the first, which no case breaks. Its wheel is in no environment of this project, because it
+needs libraries for RDMA; where it is absent, the run says so and goes on without it:
+
+    pip install --no-deps --target FOLDER mooncake-transfer-engine-non-cuda==0.3.13.post1
+    apt-get install libibverbs1 ibverbs-providers libnuma1
+    MOONCAKE_PATH=FOLDER python -m benchmarks.tent
+
 Needs root, iproute2 and an installed plugin (`kimi-stack tent install`). Figures depend on the processors being free.
 """
 
@@ -21,7 +28,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -45,6 +54,8 @@ GOAL_TAIL = 1.3  # p99 of 8 MiB with one slow link to p99 on healthy ones, per b
 GOAL_HOST = 6e9  # bytes/s between two processes of one host, or what a copy reaches
 EVENT_AFTER = 0.3  # seconds from the post until a link changes
 ENGINES = ("spray", "static", "ucx")
+MOONCAKE = "mooncake"
+MOONCAKE_HOST = Path(__file__).with_name("mooncake_host.py")
 KIB, MIB = 1 << 10, 1 << 20
 LARGE, SMALL, MOUSE = "large", "8 MiB", "64 KiB"
 
@@ -58,6 +69,7 @@ class Sizes:
     latencies: int  # transfers behind a p99
     host: int  # bytes between two processes of one host
     calls: int  # small transfers
+    engines: tuple[str, ...]  # that are there
 
 
 @dataclass(frozen=True)
@@ -123,10 +135,19 @@ class Engine:
             devices = ",".join(f"link{i}" for i in range(links))
             environment = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": devices}
         prefixes = [made.command("a", []), made.command("b", [])] if made else [[], []]
+        if name == MOONCAKE:
+            environment = {"GLOG_minloglevel": "2"}
         hosts: list[AgentHost] = []
         try:
             for side, prefix in zip(("a", "b"), prefixes):
-                hosts.append(AgentHost(f"{name}-{side}", backend, options, prefix, environment))
+                if name == MOONCAKE:
+                    options = {"address": ("10.77.0.1", "10.77.0.2")[side == "b"] if made else "127.0.0.1"}
+                    host = AgentHost(
+                        f"{name}-{side}", name, options, prefix, environment, script=MOONCAKE_HOST
+                    )
+                else:
+                    host = AgentHost(f"{name}-{side}", backend, options, prefix, environment)
+                hosts.append(host)
             engine = cls(name, *hosts)
             size = max(sizes.values())
             x = engine.a.buffer(name="x", size=size, fill="random", seed=1)
@@ -178,6 +199,17 @@ def engines_of(
         yield started
 
 
+def mooncake_problem() -> str | None:
+    """Why Mooncake's engine cannot be measured here, or None."""
+    command = "from mooncake_host import load_engine; load_engine()"
+    folder = f"{MOONCAKE_HOST.parent}:{os.environ.get('PYTHONPATH', '')}"
+    result = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": folder},
+    )  # fmt: skip
+    return None if result.returncode == 0 else result.stderr.strip().splitlines()[-1]
+
+
 def set_links(made: lab.Lab, rates: tuple[float, ...]) -> None:
     for index, rate in enumerate(rates):
         if rate:
@@ -211,7 +243,7 @@ def reroute_ms(engine: Engine, stalls_before: int) -> float | None:
 
 def throughput(case: Links, sizes: Sizes) -> dict[str, Any]:
     """Seconds of each engine's large transfers, and of our own the reroutes in ms."""
-    names = [name for name in ENGINES if name != "ucx" or not case.loses_a_link]
+    names = [name for name in sizes.engines if name != "ucx" or not case.loses_a_link]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     reroutes: list[float] = []
     count = len(case.before)
@@ -251,6 +283,10 @@ def throughput(case: Links, sizes: Sizes) -> dict[str, Any]:
     ratios.append(paired_ratio(f"{case.name}: spray/static", seconds["static"], seconds["spray"], GOAL_PEER))
     if "ucx" in seconds:
         ratios.append(paired_ratio(f"{case.name}: spray/ucx", seconds["ucx"], seconds["spray"], GOAL_PEER))
+    if MOONCAKE in seconds:
+        ratios.append(
+            paired_ratio(f"{case.name}: spray/mooncake", seconds[MOONCAKE], seconds["spray"], GOAL_PEER)
+        )
     if reroutes:
         ratios.append(Ratio(f"{case.name}: reroute, ms", *spread(reroutes), GOAL_REROUTE_MS, "lower"))
     row = {
@@ -266,7 +302,8 @@ def latency(mbit: float, sizes: Sizes) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {}
     rounds, each = max(1, sizes.latencies // 10), 10
     cases = [Links("healthy", (mbit, mbit)), Links("one at 1/4", (mbit, mbit / 4))]
-    with lab.running(2, mbit) as made, engines_of(ENGINES, made, 2, {SMALL: 8 * MIB}) as engines:
+    names = sizes.engines
+    with lab.running(2, mbit) as made, engines_of(names, made, 2, {SMALL: 8 * MIB}) as engines:
         for case in cases:
             found[case.name] = {engine.name: [] for engine in engines}
             for engine in engines:
@@ -278,15 +315,16 @@ def latency(mbit: float, sizes: Sizes) -> dict[str, Any]:
                     )
     capacity = cases[1].ideal(8 * MIB) / cases[0].ideal(8 * MIB)
     ratios = []
-    for name in ENGINES:
+    for name in names:
+        if name == MOONCAKE:
+            continue  # the link that becomes slow is not its
         tails = [p99(found[case.name][name]) for case in cases]
         tail = tails[1] / tails[0] / capacity
         ratios.append(
             Ratio(f"8 MiB: {name} p99 1/4 to healthy, per byte", tail, tail, tail, GOAL_TAIL, "lower")
         )
     rows = {
-        f"8 MiB, {case.name}": {name: percentiles(found[case.name][name]) for name in ENGINES}
-        for case in cases
+        f"8 MiB, {case.name}": {name: percentiles(found[case.name][name]) for name in names} for case in cases
     }
     return {"seconds": found, "rows": rows, "ratios": ratios}
 
@@ -295,8 +333,9 @@ def under_load(mbit: float, sizes: Sizes) -> dict[str, Any]:
     """64 KiB and 8 MiB while a large transfer of the same agent is always under way, on two healthy links."""
     lengths = {LARGE: sizes.large, SMALL: 8 * MIB, MOUSE: 64 * KIB}
     counts = {MOUSE: sizes.latencies, SMALL: max(5, sizes.latencies // 2)}
-    found: dict[str, dict[str, list[float]]] = {what: {name: [] for name in ENGINES} for what in counts}
-    with lab.running(2, mbit) as made, engines_of(ENGINES, made, 2, lengths) as engines:
+    names = sizes.engines
+    found: dict[str, dict[str, list[float]]] = {what: {name: [] for name in names} for what in counts}
+    with lab.running(2, mbit) as made, engines_of(names, made, 2, lengths) as engines:
         for what, count in counts.items():
             for _ in range(5):
                 for engine in engines:
@@ -305,11 +344,11 @@ def under_load(mbit: float, sizes: Sizes) -> dict[str, Any]:
                     )
     ratios = []
     for what, times in found.items():
-        for name in ("static", "ucx"):
+        for name in names[1:]:
             value = p99(times[name]) / p99(times["spray"])
             ratios.append(Ratio(f"{what} among elephants: p99 {name}/spray", value, value, value, GOAL_PEER))
     rows = {
-        f"{what} among elephants": {name: percentiles(times[name]) for name in ENGINES}
+        f"{what} among elephants": {name: percentiles(times[name]) for name in names}
         for what, times in found.items()
     }
     return {"seconds": found, "rows": rows, "ratios": ratios}
@@ -317,7 +356,7 @@ def under_load(mbit: float, sizes: Sizes) -> dict[str, Any]:
 
 def one_host(sizes: Sizes) -> dict[str, Any]:
     """A large WRITE between two processes, and the cost of small ones; TENT copies by CMA, UCX as it chooses."""
-    names = ("spray", "ucx")
+    names = tuple(name for name in sizes.engines if name != "static")
     large: dict[str, list[float]] = {name: [] for name in names}
     small: dict[str, list[float]] = {name: [] for name in names}
     many: dict[str, list[float]] = {name: [] for name in names}
@@ -341,6 +380,11 @@ def one_host(sizes: Sizes) -> dict[str, Any]:
     ratios = [
         Ratio("one host: spray to 6 GB/s or a copy", *(value / floor for value in spread(rates)), GOAL_PEER),
         paired_ratio("one host: spray/ucx", large["ucx"], large["spray"], GOAL_PEER),
+        *(
+            paired_ratio(f"one host: spray/{name}", large[name], large["spray"], GOAL_PEER)
+            for name in names
+            if name == MOONCAKE
+        ),
         paired_ratio("64 B: spray's time to UCX's", small["spray"], small["ucx"], GOAL_PEER, "lower"),
         paired_ratio("256 x 64 B: spray's time to UCX's", many["spray"], many["ucx"], GOAL_PEER, "lower"),
     ]
@@ -380,12 +424,17 @@ def plot(found: dict[str, Any], size: int, path: Path) -> None:
     cases = {name: case for name, case in found.items() if "ideal" in case}
     figure, axis = plt.subplots(figsize=(11, 4.5))
     places = range(len(cases))
-    for offset, engine in enumerate(ENGINES):
+    engines = [
+        name for name in (*ENGINES, MOONCAKE) if any(name in case["seconds"] for case in cases.values())
+    ]
+    width = 0.8 / len(engines)
+    for offset, engine in enumerate(engines):
         heights = [
             size / statistics.median(case["seconds"][engine]) / 1e6 if engine in case["seconds"] else 0
             for case in cases.values()
         ]
-        axis.bar([place + 0.27 * (offset - 1) for place in places], heights, 0.25, label=engine)
+        left = [place + width * (offset - (len(engines) - 1) / 2) for place in places]
+        axis.bar(left, heights, width * 0.92, label=engine)
     ceilings = [size / case["ideal"] / 1e6 for case in cases.values()]
     axis.plot(places, ceilings, "k_", markersize=40, label="links carry")
     axis.set_xticks(places, list(cases), rotation=20, ha="right", fontsize=8)
@@ -396,8 +445,8 @@ def plot(found: dict[str, Any], size: int, path: Path) -> None:
     plt.close(figure)
 
 
-def print_tables(found: dict[str, Any]) -> None:
-    columns = ["links carry", *ENGINES, "spray/links"]
+def print_tables(found: dict[str, Any], engines: tuple[str, ...]) -> None:
+    columns = ["links carry", *engines, "spray/links"]
     rows = [
         [name, *(case["row"].get(c, "-") for c in columns)] for name, case in found.items() if "row" in case
     ]
@@ -408,8 +457,8 @@ def print_tables(found: dict[str, Any]) -> None:
             unit = "" if name == "one host" else ", ms: p50 / p99"
             table(
                 name + unit,
-                ["WRITE of", *ENGINES],
-                [[what, *(row.get(e, "-") for e in ENGINES)] for what, row in case["rows"].items()],
+                ["WRITE of", *engines],
+                [[what, *(row.get(e, "-") for e in engines)] for what, row in case["rows"].items()],
             )
 
 
@@ -430,12 +479,16 @@ def main() -> int:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1")
     quick = arguments.quick
+    absent = mooncake_problem()
+    if absent:
+        print(f"mooncake is absent: {absent}", flush=True)
     sizes = Sizes(
         repeats=arguments.repeats or (1 if quick else 4),
         large=(arguments.size or (64 if quick else 128)) * MIB,
         latencies=20 if quick else 100,
         host=256 * MIB if quick else 1024 * MIB,
         calls=200 if quick else 2000,
+        engines=ENGINES if absent else (*ENGINES, MOONCAKE),
     )
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
     for count in (2,) if quick else (2, 4, 8):
@@ -472,11 +525,12 @@ def main() -> int:
         if arguments.out:
             body = {"cases": found, "failed": failed}
             (arguments.out / "tent_cases.json").write_text(json.dumps(body, indent=1) + "\n")
-    print_tables(found)
+    print_tables(found, sizes.engines)
     if arguments.out and any("ideal" in case for case in found.values()):
         plot(found, sizes.large, arguments.out / "tent.png")
     save = arguments.out / "tent.json" if arguments.out else None
-    print_result("tent", ratios, save, mbit=arguments.mbit, megabytes=sizes.large // MIB, failed=failed)
+    print_result("tent", ratios, save, mbit=arguments.mbit, megabytes=sizes.large // MIB, failed=failed,
+                 mooncake=absent or "measured")  # fmt: skip
     return 1 if failed else 0
 
 
