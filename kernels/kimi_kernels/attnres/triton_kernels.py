@@ -94,6 +94,7 @@ def mix_kernel(
     out [count, rows, D], lse [count, rows]. To CARRY on from other sources: their normalised mixture `carried`
     float32 and their lse; `out` and `lse` may be the same tensors.
     """
+    rows = tl.cast(rows, tl.int64)
     groups = (count + SB - 1) // SB
     row = (tl.program_id(0) // groups).to(tl.int64)
     first = tl.program_id(0) % groups * SB
@@ -118,7 +119,7 @@ def mix_kernel(
     carried_shares = ()
     for s in tl.static_range(SB):
         logit = tl.where(tl.arange(0, NP) < N, tl.sum(dots[s], axis=1) * factor, float("-inf"))
-        place = (first + s) * rows.to(tl.int64) + row
+        place = (first + s) * rows + row
         most = tl.max(logit, axis=0)
         before = float("-inf")
         if CARRY:
@@ -145,7 +146,7 @@ def mix_kernel(
             x = _tile(at, c, N, NP, D)
             sums = ()
             for s in tl.static_range(SB):
-                place = ((first + s) * rows.to(tl.int64) + row) * D
+                place = ((first + s) * rows + row) * D
                 y = _mixture(x, shares[s], carried, place, carried_shares[s], c, first + s < count, D, CARRY)
                 sums += (norms[s] + _narrow(y * y, V),)
             norms = sums
@@ -158,7 +159,7 @@ def mix_kernel(
             c = (TILES - 1 - t) * BD + tl.arange(0, BD)
         x = _tile(at, c, N, NP, D)
         for s in tl.static_range(SB):
-            place = ((first + s) * rows.to(tl.int64) + row) * D
+            place = ((first + s) * rows + row) * D
             y = _mixture(x, shares[s], carried, place, carried_shares[s], c, first + s < count, D, CARRY)
             if HAS_GAIN:
                 y = y * factors[s] * _columns(gain, c, D)
@@ -179,6 +180,7 @@ def score_kernel(
     with the mixtures before the norm, mixed [count, rows, D] float32, and mixed_squares [count, rows] sums of their
     squares.
     """
+    rows = tl.cast(rows, tl.int64)
     groups = (count + SB - 1) // SB
     row = (tl.program_id(0) // groups).to(tl.int64)
     group = tl.program_id(0) % groups
@@ -208,7 +210,7 @@ def score_kernel(
             query, weight = queries + (first + s) * query_stride, weights + (first + s) * weight_stride
             folded = _folded(query, weight, c, scale, D, present)
             more_dots += (dots[s] + _narrow(x * folded[None, :], V),)
-            place = ((first + s) * rows.to(tl.int64) + row) * D
+            place = ((first + s) * rows + row) * D
             d = _columns(d_out + place, c, D, present)
             if HAS_GAIN:
                 d *= _columns(gain, c, D)
@@ -223,15 +225,15 @@ def score_kernel(
             norms = more_norms
     n = tl.arange(0, NP)
     factor = tl.rsqrt(tl.sum(square, axis=1) / D + eps)
-    tl.store(factors + (before + n) * rows.to(tl.int64) + row, factor, mask=(n < N) & (group == 0))
+    tl.store(factors + (before + n) * rows + row, factor, mask=(n < N) & (group == 0))
     for s in tl.static_range(SB):
-        place = ((first + s) * sources_in_all + before + n) * rows.to(tl.int64) + row
+        place = ((first + s) * sources_in_all + before + n) * rows + row
         inside = (n < N) & (first + s < count)
         tl.store(logits + place, tl.sum(dots[s], axis=1) * factor, mask=inside)
         tl.store(along + place, tl.sum(slopes[s], axis=1), mask=inside)
         if HAS_GAIN:
             tl.store(against + place, tl.sum(overlaps[s], axis=1), mask=inside)
-            place = (first + s) * rows.to(tl.int64) + row
+            place = (first + s) * rows + row
             tl.store(mixed_squares + place, tl.sum(norms[s], axis=0), mask=first + s < count)
 
 
@@ -246,20 +248,21 @@ def coefficient_kernel(
     d_source = sum over queries of (logits) d_mixed + (along) folded query, minus (factors) source;
     d_folded of a query = sum over sources and rows of (along) source.
     """
+    rows = tl.cast(rows, tl.int64)
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     n = tl.arange(0, NT)
     inside = (n < sources_in_all)[:, None] & (row < rows)[None, :]
-    tile = n.to(tl.int64)[:, None] * rows + row[None, :]
+    tile = n[:, None] * rows + row[None, :]
     factor = tl.load(factors + tile, mask=inside, other=0.0)
     pull = tl.zeros([NT, BR], tl.float32)
     for s in tl.range(0, count):
-        place = rows.to(tl.int64) * sources_in_all * s + tile
+        place = s * sources_in_all * rows + tile
         logit = tl.load(logits + place, mask=inside, other=0.0)
         logit = tl.where((n < sources_in_all)[:, None], logit, float("-inf"))
         share = tl.exp(logit - tl.max(logit, axis=0)[None, :])
         share = share / tl.sum(share, axis=0)[None, :]
         slope = tl.load(along + place, mask=inside, other=0.0)
-        at = rows.to(tl.int64) * s + row
+        at = s * rows + row
         if HAS_GAIN:
             norm = tl.rsqrt(tl.load(mixed_squares + at, mask=row < rows, other=0.0) / D + eps)
             back = norm * norm * norm * tl.sum(share * slope, axis=0) / D
@@ -285,6 +288,7 @@ def gradient_kernel(
 
     Writes d_sources, and sums over the group's rows: d_folded [groups, count, D], d_gain [groups, D].
     """
+    rows = tl.cast(rows, tl.int64)
     c = tl.program_id(0) * BD + tl.arange(0, BD)
     first = tl.program_id(2) * SB
     start = tl.program_id(1).to(tl.int64) * rows_of_program
@@ -300,22 +304,22 @@ def gradient_kernel(
         x = _tile(_rows_of(sources, strides, row, N, NP, D), c, N, NP, D)
         more = ()
         for s in tl.static_range(SB):
-            place = ((first + s) * sources_in_all + before + n) * rows.to(tl.int64) + row
+            place = ((first + s) * sources_in_all + before + n) * rows + row
             slope = tl.load(slopes + place, mask=(n < N) & (first + s < count), other=0.0)
             more += (sums[s] + tl.sum(slope[:, None] * x, axis=0),)
         sums = more
         if first == 0:
-            pull = tl.load(pulls + (before + n) * rows.to(tl.int64) + row, mask=n < N, other=0.0)
+            pull = tl.load(pulls + (before + n) * rows + row, mask=n < N, other=0.0)
             dx = -pull[:, None] * x
             for j in tl.range(0, count):
-                at = j * rows.to(tl.int64) + row
+                at = j * rows + row
                 d = _columns(d_out + at * D, c, D)
                 if HAS_GAIN:
                     y = _columns(mixed + at * D, c, D)
                     norm = tl.load(mixed_factors + at)
                     gain_sum += d * y * norm
                     d = norm * factor_of_mixed * d - tl.load(mixed_pulls + at) * y
-                place = (j * sources_in_all + before + n) * rows.to(tl.int64) + row
+                place = (j * sources_in_all + before + n) * rows + row
                 share = tl.load(shares + place, mask=n < N, other=0.0)
                 slope = tl.load(slopes + place, mask=n < N, other=0.0)
                 folded = _folded(queries + j * query_stride, weights + j * weight_stride, c, scale, D)
@@ -392,6 +396,7 @@ def merge_score_kernel(
     scalars [5, rows]: gate; of d_merged and of the mixture in the gradient before the output norm; of the folded
     query and of the partial sum in d_partial.
     """
+    rows = tl.cast(rows, tl.int64)
     row = tl.program_id(0).to(tl.int64)
     out += row * out_stride
     partial += row * partial_stride
@@ -428,11 +433,11 @@ def merge_score_kernel(
         pull = norm * norm * norm * tl.sum(along, axis=0) / D
         d_gate = norm * d_gate - pull * tl.sum(overlap, axis=0)
         tl.store(scalars + rows + row, norm)
-        tl.store(scalars + 2 * rows.to(tl.int64) + row, pull)
+        tl.store(scalars + 2 * rows + row, pull)
     d_logit = d_gate * gate * (1.0 - gate)
     tl.store(scalars + row, gate)
-    tl.store(scalars + 3 * rows.to(tl.int64) + row, d_logit * factor)
-    tl.store(scalars + 4 * rows.to(tl.int64) + row, d_logit * logit * factor * factor / D)
+    tl.store(scalars + 3 * rows + row, d_logit * factor)
+    tl.store(scalars + 4 * rows + row, d_logit * logit * factor * factor / D)
     tl.store(d_lse + row, (-d_logit).to(d_lse.dtype.element_ty))
 
 
@@ -447,6 +452,7 @@ def merge_gradient_kernel(
     d_next, of the partial sum from where else it is used, is added to d_partial. Sums over the group's rows:
     d_folded and d_gain [groups, D].
     """
+    rows = tl.cast(rows, tl.int64)
     c = tl.program_id(0) * BD + tl.arange(0, BD)
     start = tl.program_id(1).to(tl.int64) * rows_of_program
     folded = _folded(query, weight, c, scale, D)
@@ -456,15 +462,15 @@ def merge_gradient_kernel(
         y = _columns(partial + row * partial_stride, c, D)
         d = _columns(d_merged + row * d_stride, c, D)
         gate = tl.load(scalars + row)
-        slope = tl.load(scalars + 3 * rows.to(tl.int64) + row)
+        slope = tl.load(scalars + 3 * rows + row)
         if HAS_GAIN:
             before = _columns(out + row * out_stride, c, D)
             mixed = before + gate * (y - before)
             norm = tl.load(scalars + rows + row)
             gain_sum += d * mixed * norm
-            d = norm * d * _columns(gain, c, D) - tl.load(scalars + 2 * rows.to(tl.int64) + row) * mixed
+            d = norm * d * _columns(gain, c, D) - tl.load(scalars + 2 * rows + row) * mixed
         tl.store(d_out + row * D + c, (d * (1.0 - gate)).to(d_out.dtype.element_ty), mask=c < D)
-        dy = d * gate + slope * folded - tl.load(scalars + 4 * rows.to(tl.int64) + row) * y
+        dy = d * gate + slope * folded - tl.load(scalars + 4 * rows + row) * y
         if HAS_NEXT:
             dy += _columns(d_next + row * next_stride, c, D)
         tl.store(d_partial + row * D + c, dy.to(d_partial.dtype.element_ty), mask=c < D)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kimi_kernels import BackendError, attn_res, attn_res_merge, attn_res_phase1
+from kimi_kernels import BackendError, attn_res, attn_res_merge, attn_res_phase1, attn_res_step
 
 
 def oracle(query, residuals, rms_weight, output_rms_weight=None, rms_eps=1e-6, scale=1.0):
@@ -92,6 +92,24 @@ def test_merge_and_gradients_match_float64(isa, dtype, with_output_norm, accurat
     accurate_with_gradients(attn_res_merge, merged, [out, lse, partial, query, rms_weight, *gain])
 
 
+@pytest.mark.parametrize("with_output_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_step_is_addition_and_merge(native, dtype, with_output_norm):
+    """To the bit, and its gradients are those of the two but for the rounding of a sum."""
+    inputs = [torch.randn(s).to(dtype) for s in ((3, 70, 50), (3, 70), *[(3, 70, 50)] * 2, *[(50,)] * 3)]
+    inputs[1] = inputs[1].to(torch.float32)
+    inputs = inputs if with_output_norm else inputs[:-1]
+    mine, theirs = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+    found = attn_res_step(*mine, scale=0.7)
+    total = theirs[2] + theirs[3]
+    wanted = attn_res_merge(theirs[0], theirs[1], total, *theirs[4:], scale=0.7), total
+    weights = [torch.randn_like(x) for x in wanted]
+    for a, b in zip(found, wanted):
+        assert torch.equal(a, b)
+    for a, b in zip(torch.autograd.grad(found, mine, weights), torch.autograd.grad(wanted, theirs, weights)):
+        assert a.dtype == b.dtype and (a - b).norm() <= torch.finfo(dtype).eps * b.norm()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 def test_two_phases_equal_one(native, dtype, tolerance):
     blocks = [torch.randn(7, 40, dtype=dtype) for _ in range(4)]
@@ -110,6 +128,9 @@ def test_two_phases_equal_one(native, dtype, tolerance):
             rtol=tolerance,
             atol=tolerance,
         )
+        merged, total = attn_res_step(out[s], lse[s], partial, blocks[0], queries[s], gains[s], output_gain)
+        direct = attn_res(queries[s], [*blocks, total], gains[s], output_gain)
+        torch.testing.assert_close(merged, direct, rtol=tolerance, atol=tolerance)
 
 
 def test_zero_query_averages_the_sources(isa):
@@ -158,21 +179,29 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradcheck(
         attn_res_merge, [leaf(3, 5), leaf(3), leaf(3, 5), leaf(5), leaf(5), leaf(5)]
     )
+    assert torch.autograd.gradcheck(
+        attn_res_step, [leaf(3, 5), leaf(3), leaf(3, 5), leaf(3, 5), leaf(5), leaf(5), leaf(5)]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(native, dtype):
     leaf = lambda *shape: torch.randn(*shape, dtype=dtype, requires_grad=True)
     mix, merge = torch.ops.kimi.attn_res.default, torch.ops.kimi.attn_res_merge.default
+    step = torch.ops.kimi.attn_res_step.default
     torch.library.opcheck(mix, (leaf(2, 8), [leaf(3, 8), leaf(3, 8)], leaf(2, 8), leaf(8), 1e-6, 1.0))
     torch.library.opcheck(mix, (leaf(1, 8), [leaf(3, 8)], leaf(1, 8), None, 1e-6, 1.0))
     torch.library.opcheck(merge, (leaf(3, 8), leaf(3), leaf(3, 8), leaf(8), leaf(8), leaf(8), 1e-6, 1.0))
+    rows = (leaf(3, 8), leaf(3), leaf(3, 8), leaf(3, 8))
+    torch.library.opcheck(step, (*rows, leaf(8), leaf(8), leaf(8), 1e-6, 1.0))
+    torch.library.opcheck(step, (*rows, leaf(8), leaf(8), None, 1e-6, 1.0))
 
 
 def test_traces_without_graph_breaks(native):
     def block(query, gain, *sources):
         out, lse = attn_res_phase1(query[None], sources, gain[None])
-        return attn_res_merge(out[0], lse[0], sources[0] * 2, query, gain) + attn_res(query, sources, gain)
+        mixed, total = attn_res_step(out[0], lse[0], sources[0], attn_res(query, sources, gain), query, gain)
+        return attn_res_merge(out[0], lse[0], total, query, gain) + mixed
 
     query, gain = weights(16)
     sources = [torch.randn(4, 16, requires_grad=True) for _ in range(3)]
@@ -195,6 +224,10 @@ def test_errors_name_the_argument():
         attn_res_phase1(query, [source], gain)
     with pytest.raises(ValueError, match=r"lse must have shape \(2,\), got \(3,\)"):
         attn_res_merge(source, torch.randn(3), source, query, gain)
+    with pytest.raises(
+        ValueError, match=r"update is torch.float32 \(8,\), but partial is torch.float32 \(2, 8\)"
+    ):
+        attn_res_step(source, torch.randn(2), source, query, query, gain)
 
 
 def test_forced_native_backend_refuses_float64(native, monkeypatch):
