@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_stack.compat import LiveSource, missing
+from nixl_tent import lab
 from nixl_tent.checkpoint import compat
 from nixl_tent.checkpoint.buckets import ALIGN, Assembler, Bucket
 
@@ -34,10 +35,10 @@ KIB, MIB = 1 << 10, 1 << 20
 class CheckpointHost(AgentHost):
     """A process of checkpoint_host.py; `ready` waits for it, so that several start at once."""
 
-    def __init__(self, kind: str, **arguments: Any) -> None:
+    def __init__(self, kind: str, prefix: list[str] | None = None, **arguments: Any) -> None:
         self.name = kind
         self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), kind, json.dumps(arguments)],
+            [*(prefix or []), sys.executable, str(SCRIPT), kind, json.dumps(arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=dict(os.environ),
         )  # fmt: skip
 
@@ -192,6 +193,27 @@ def test_a_receiver_that_died_is_an_error_in_bounded_time(line: list[CheckpointH
     with pytest.raises(HostError, match="TransferError"):
         line[0].end()
     assert time.monotonic() - begin < 20
+
+
+def test_a_link_cut_during_an_update_loses_nothing(needs_lab: None) -> None:
+    options = {"cma": False, "links": "link0,link1"}
+    with lab.running(links=2, mbit=200) as made:
+        hosts = [
+            CheckpointHost("chain", made.command(side, []), bucket_bytes=4 * MIB, options=options)
+            for side in ("a", "b")
+        ]
+        try:
+            join([host.ready() for host in hosts])
+            expected = hosts[0].make(seed=5, mebibytes=64)  # more than a second on both links
+            hosts[1].begin("receive")
+            hosts[0].begin("send")
+            time.sleep(0.4)
+            made.cut(1)
+            assert hosts[1].end() == expected
+            assert hosts[0].end() > 1.0, "the cut came after the update: send more"
+        finally:
+            for host in hosts:
+                host.close()
 
 
 def test_wrong_arguments_are_named() -> None:
