@@ -43,7 +43,8 @@ def _row(nixl: compat.Nixl) -> Row:
     if state == "current":
         return Row(subject, "ok", "the TENT plugin is in it")
     if state == "absent":
-        return Row(subject, "warn", "the TENT plugin fits, and is not in it", INSTALL)
+        found = "the TENT plugin fits, and is not in it: only vLLM and our adapters find it"
+        return Row(subject, "warn", found, INSTALL)
     return Row(subject, "warn", "it has the TENT plugin of another build", INSTALL)
 
 
