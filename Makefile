@@ -23,8 +23,8 @@ serve: $(VLLM)/.ready ## an OpenAI-compatible vLLM server with a small trained K
 test: $(NOX) ## lint, kernels, models, MuonClip, a real vLLM server; each stack in its own environment
 	$(NOX)
 
-test-stacks: $(NOX) ## real Megatron of both versions, real NIXL over links that break, real verl training
-	$(NOX) -s megatron nixl verl
+test-stacks: $(NOX) ## Triton kernels, interpreted and compiled; real Megatron, NIXL over links that break, verl training
+	$(NOX) -s triton megatron nixl verl
 
 lint: $(NOX) ## ruff, mypy, import rules
 	$(NOX) -s lint

