@@ -11,7 +11,7 @@ from .reference import Options
 from .triton import MAX_HEAD, Chunks, Problem
 from .validation import check_sequences
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CONV_WIDTH = 8
 
 
@@ -22,7 +22,7 @@ def _refuses(qkv, g, beta, gate, conv_weight, conv_state, state, *rest) -> str |
     )
     for name, x in inputs:
         if x.dtype not in _DTYPES:
-            return f"takes float32 or bfloat16, got {x.dtype} for {name}"
+            return f"takes float32, bfloat16 or float16, got {x.dtype} for {name}"
     if max(state.shape[2:]) > MAX_HEAD:
         return f"takes head sizes up to {MAX_HEAD}, got {max(state.shape[2:])}"
     if state.stride(3) != 1:

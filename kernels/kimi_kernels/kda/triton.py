@@ -1,6 +1,9 @@
-"""KDA on Triton kernels: float32 or bfloat16 tensors, states in float32. The kernels are imported when first run."""
+"""KDA on Triton kernels: float32, bfloat16 or float16 tensors, float32 states. They are imported when first run."""
 
 from __future__ import annotations
+
+import functools
+import os
 
 import torch
 from torch import Tensor
@@ -9,19 +12,46 @@ from .. import _triton, dispatch
 from .reference import Options
 
 MAX_HEAD = 256  # a slice of the state stays in registers
-_DTYPES = (torch.float32, torch.bfloat16)
+LEAST_CHUNKS, SEGMENTS = 8, 4  # the shortest segment of a split scan, and the fewest worth a split
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _refuses(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options) -> str | None:
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
         if x.dtype not in _DTYPES:
-            return f"takes float32 or bfloat16, got {x.dtype} for {name}"
+            return f"takes float32, bfloat16 or float16, got {x.dtype} for {name}"
     for name, x in (("initial_state", initial_state), ("A_log", A_log), ("dt_bias", dt_bias)):
         if x is not None and x.dtype == torch.float64:
             return f"computes in float32, got float64 for {name}"
     if k.shape[3] > MAX_HEAD or v.shape[3] > MAX_HEAD:
         return f"takes head sizes up to {MAX_HEAD}, got K={k.shape[3]}, V={v.shape[3]}"
     return None
+
+
+def batch_invariant() -> bool:
+    """Whether a sequence must give the same bits alone and packed: KIMI_KERNELS_BATCH_INVARIANT=1 asks for it."""
+    return os.environ.get("KIMI_KERNELS_BATCH_INVARIANT") == "1"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def segment_count(p: Problem, programs: int, chunk: int) -> int:
+    """Into how many segments the scan of each sequence is split, that `programs` of it would leave processors idle.
+
+    A segment is gone through twice, side by side with the others: from SEGMENTS on that takes at most half as long.
+    In float32 the kernels have no registers to spare for it.
+    The answer depends on how many sequences share a batch and how long they are, hence a sequence's last bits do;
+    KIMI_KERNELS_BATCH_INVARIANT=1 keeps all scans whole.
+    """
+    if batch_invariant() or p.wide or programs == 0:
+        return 1
+    chunks = p.T // (p.N * chunk) if p.offsets is not None else p.T // chunk
+    count = min(processors(p.v.device) // programs, chunks // LEAST_CHUNKS)
+    return count if count >= SEGMENTS else 1
 
 
 class Problem:
@@ -113,25 +143,63 @@ class Chunks:
         final: Tensor | None,
         kept: tuple[Tensor, Tensor] | None = None,
         entries: tuple[Tensor, Tensor] | None = None,
+        boundaries: tuple[Tensor, int] | None = None,
     ) -> None:
         """Go through the chunks in order: to outputs and final states, or to what gradients need.
 
         entries: state_indices and has_initial_state, where the initial and final states are one pool.
+        boundaries: room for states on the way, and after how many tokens each.
         """
         from . import triton_kernels as kernels
 
         p = self.p
-        config = kernels.scan_config(p.K, p.V, p.wide)
+        blocks = -(-p.V // kernels.scan_config(p.K, p.V, p.wide).constants["BV"])
+        segments = 1 if kept else segment_count(p, blocks * p.N * p.HV, self.BT)
+        config = kernels.scan_config(p.K, p.V, p.wide, segments > 1 or boundaries is not None)
         constants = {"HV": p.HV, "HAS_INITIAL": p.initial is not None, "PACKED": p.offsets is not None,
-                     "KEEP": kept is not None, "POOLED": entries is not None}  # fmt: skip
+                     "POOLED": entries is not None, "LEAST": LEAST_CHUNKS}  # fmt: skip
+        starts = self._starts(segments, entries, constants) if segments > 1 else None
+        constants |= {"KEEP": kept is not None, "SEGMENTED": segments > 1, "BOUNDARIES": boundaries is not None}
+        marks, interval = boundaries or (None, 0)
         _triton.launch(
-            kernels.scan_kernel, (-(-p.V // config.constants["BV"]), p.N * p.HV), p.v,
+            kernels.scan_kernel, (blocks, p.N * p.HV, segments), p.v,
             *self.pairs(), self.attend, self.strengths, p.v, p.initial, out, final, *(kept or (None, None)), p.offsets,
-            *(entries or (None, None)),
-            *p.v.stride()[:3], *_token_strides(out), *p.strides_of(p.initial), *p.strides_of(final), p.T,
-            0 if p.initial is None else len(p.initial),
+            *(entries or (None, None)), starts, marks,
+            *p.v.stride()[:3], *_token_strides(out), *p.strides_of(p.initial), *p.strides_of(final),
+            *p.strides_of(marks), p.T, 0 if p.initial is None else len(p.initial), interval,
             config=config._replace(constants={**config.constants, **constants}),
         )  # fmt: skip
+
+    def _starts(
+        self, segments: int, entries: tuple[Tensor, Tensor] | None, constants: dict[str, object]
+    ) -> Tensor:
+        """[N * HV, segments, KP, V] float32, the states before the segments of each sequence, in two launches.
+
+        A segment of chunks takes a state S to M S + b. All M and b are made at once, then the states one by one.
+        """
+        from . import triton_kernels as kernels
+
+        p = self.p
+        room = {"dtype": torch.float32, "device": p.v.device}
+        starts = torch.empty((p.N * p.HV, segments, self.KP, p.V), **room)
+        carries = torch.empty((p.N * p.HV, segments, self.KP, self.KP), **room)
+        config = kernels.segment_config(p.K, p.V, p.wide)
+        blocks, carried = (-(-columns // config.constants["BV"]) for columns in (p.V, self.KP))
+        _triton.launch(
+            kernels.segment_kernel, (blocks + carried, p.N * p.HV, segments - 1), p.v,
+            self.read_key, self.write_key, self.decay, self.solve, p.v, p.initial, p.offsets,
+            *(entries or (None, None)), starts, carries,
+            *p.v.stride()[:3], *p.strides_of(p.initial), p.T, 0 if p.initial is None else len(p.initial),
+            config=config._replace(constants={**config.constants, **constants}),
+        )  # fmt: skip
+        config = kernels.merge_config(p.K, p.V, p.wide)
+        shared = {name: constants[name] for name in ("HV", "PACKED", "LEAST")}
+        _triton.launch(
+            kernels.merge_kernel, (blocks if segments > 2 else 0, p.N * p.HV), p.v,
+            starts, carries, p.offsets, segments, self.KP, p.T,
+            config=config._replace(constants={**config.constants, **shared}),
+        )  # fmt: skip
+        return starts
 
 
 def _token_strides(x: Tensor | None) -> tuple[int, ...]:

@@ -264,22 +264,31 @@ def prepare_kernel(
 
 
 @triton.jit
+def _segment(s, segments, length, BT: tl.constexpr, LEAST: tl.constexpr):
+    """First token of segment s of a sequence, and that of the next. Those of a short sequence are empty at the end."""
+    chunks = tl.maximum(tl.cdiv(tl.cdiv(length, BT), segments), LEAST)
+    return tl.minimum(s * chunks * BT, length), tl.minimum((s + 1) * chunks * BT, length)
+
+
+@triton.jit
 def scan_kernel(
     read_key, query, write_key, decay, solve, attend, strengths, v, initial, out, final, states, written, cu_seqlens,
-    state_indices, resumed,
+    state_indices, resumed, starts, boundaries,
     v_stride_b, v_stride_t, v_stride_h, out_stride_b, out_stride_t, out_stride_h,
     initial_stride_n, initial_stride_h, initial_stride_k, initial_stride_v,
     final_stride_n, final_stride_h, final_stride_k, final_stride_v,
-    T, pool_slots,
+    boundaries_stride_n, boundaries_stride_h, boundaries_stride_k, boundaries_stride_v,
+    T, pool_slots, interval,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, POOLED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LEAST: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, POOLED: tl.constexpr,
+    SEGMENTED: tl.constexpr, BOUNDARIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of one sequence and value head from chunk to chunk, BV columns of it; grid (V / BV, N * HV).
+    """The state of one sequence and value head from chunk to chunk, BV columns of it; grid (V / BV, N * HV, segments).
 
     POOLED: initial and final are one pool of states, updated in place. state_indices [N] names a sequence's entry;
     one that names none is skipped. Where resumed [N] is 0 the state is zeros at first.
-
+    SEGMENTED: starts [N * HV, segments, KP, V] float32 has the state before each segment.
+    BOUNDARIES: also the state after every interval-th token, a multiple of BT; `chunk_kda_states` says where.
     To KEEP for gradients, in place of outputs: states [slots, HV, KP, V] before each chunk, and what it writes to
     them without the factor beta, written [slots, HV, BT, V].
     """
@@ -291,7 +300,6 @@ def scan_kernel(
     row, c = tl.arange(0, BT), tl.arange(0, KP)
     column = tl.program_id(0) * BV + tl.arange(0, BV)
     in_state = (c < K)[:, None] & (column < V)[None, :]
-    state = tl.zeros([KP, BV], tl.float32)
     entry = n
     known = n >= 0
     if POOLED:
@@ -299,15 +307,27 @@ def scan_kernel(
         if (not named) | (length == 0):
             return
         known = tl.load(resumed + n) != 0
-    if HAS_INITIAL:
+    begin, end = length * 0, length
+    state = tl.zeros([KP, BV], tl.float32)
+    if SEGMENTED:
+        s = tl.program_id(2)
+        begin, end = _segment(s, tl.num_programs(2), length, BT, LEAST)
+        if (s > 0) & (begin == length):
+            return
+        at = starts + ((n * HV + head) * tl.num_programs(2) + s) * KP * V + c[:, None] * V + column[None, :]
+        state = tl.load(at, mask=in_state, other=0.0)
+    elif HAS_INITIAL:
         at = initial + entry * initial_stride_n + head * initial_stride_h
         at += c[:, None] * initial_stride_k + column[None, :] * initial_stride_v
         state = tl.load(at, mask=in_state & known, other=0.0).to(tl.float32)
     v_head = v + batch * v_stride_b + head * v_stride_h + column[None, :]
     if not KEEP:
         out_head = out + batch * out_stride_b + head * out_stride_h + column[None, :]
+    if BOUNDARIES:
+        mark = first // interval if PACKED else n * (T // interval)
+        marks = boundaries + mark * boundaries_stride_n + head * boundaries_stride_h
     dtype = read_key.dtype.element_ty
-    for start in tl.range(0, length, BT):
+    for start in tl.range(begin, end, BT):
         place = (slot + start // BT) * HV + head
         tile = place * BT * KP + row[:, None] * KP + c[None, :]
         square = place * BT * BT + row[:, None] * BT + row[None, :]
@@ -331,10 +351,112 @@ def scan_kernel(
             tl.store(out_head + token[:, None] * out_stride_t, o.to(out.dtype.element_ty), mask=inside)
         state *= tl.exp2(tl.load(decay + place * KP + c))[:, None]
         state += tl.dot(tl.trans(tl.load(write_key + tile)), u, input_precision=PRECISION)
+        if BOUNDARIES:
+            done = start + BT
+            here = (done % interval == 0) & (done <= length)
+            # Addresses that did not depend on the loop would be kept for it, in registers that it needs.
+            within = c[:, None] * tl.where(here, boundaries_stride_k, 0)
+            within += column[None, :] * tl.where(here, boundaries_stride_v, 0)
+            tl.store(marks + (done // interval - 1) * boundaries_stride_n + within, state, mask=in_state & here)
     if not KEEP:
         at = final + entry * final_stride_n + head * final_stride_h
         at += c[:, None] * final_stride_k + column[None, :] * final_stride_v
-        tl.store(at, state, mask=in_state)
+        tl.store(at, state, mask=in_state & (end == length))
+
+
+@triton.jit
+def segment_kernel(
+    read_key, write_key, decay, solve, v, initial, cu_seqlens, state_indices, resumed, starts, carries,
+    v_stride_b, v_stride_t, v_stride_h,
+    initial_stride_n, initial_stride_h, initial_stride_k, initial_stride_v,
+    T, pool_slots,
+    HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    LEAST: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, POOLED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a segment makes of the state before it, carry state + rest; grid (V / BV + KP / BV, N * HV, segments - 1).
+
+    The first programs of a segment s take BV columns of the rest through its chunks, to starts[:, s + 1]: those of the
+    first segment begin with the initial state, so that they are done, and write it to starts[:, 0]. The others take
+    columns of the identity through, to carries [N * HV, segments, KP, KP] float32. All arguments as in `scan_kernel`.
+    """
+    n = (tl.program_id(1) // HV).to(tl.int64)
+    head = (tl.program_id(1) % HV).to(tl.int64)
+    s = tl.program_id(2)
+    segments = tl.num_programs(2) + 1
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    of_carry = tl.program_id(0) >= blocks
+    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    begin, end = _segment(s, segments, length, BT, LEAST)
+    if ((s > 0) & (begin == length)) | (of_carry & (s == 0)):
+        return
+    slot = _first_slot(first, n, T, BT, PACKED)
+    batch = n * 0 if PACKED else n
+    row, c = tl.arange(0, BT), tl.arange(0, KP)
+    column = (tl.program_id(0) - tl.where(of_carry, blocks, 0)) * BV + tl.arange(0, BV)
+    in_rest = (column < V) & (not of_carry)
+    in_state = (c < K)[:, None] & in_rest[None, :]
+    place = (n * HV + head) * segments + s
+    rest = starts + place * KP * V + c[:, None] * V + column[None, :]
+    entry = n
+    known = s == 0
+    if POOLED:
+        named, entry = _pool_entry(state_indices, n, pool_slots)
+        if not named:
+            return
+        known &= tl.load(resumed + n) != 0
+    state = tl.where((c[:, None] == column[None, :]) & of_carry, 1.0, 0.0)
+    if HAS_INITIAL:
+        at = initial + entry * initial_stride_n + head * initial_stride_h
+        at += c[:, None] * initial_stride_k + column[None, :] * initial_stride_v
+        state += tl.load(at, mask=in_state & known, other=0.0).to(tl.float32)
+    tl.store(rest, state, mask=in_rest[None, :] & (s == 0))
+    v_head = v + batch * v_stride_b + head * v_stride_h + column[None, :]
+    dtype = read_key.dtype.element_ty
+    for start in tl.range(begin, end, BT):
+        chunk = (slot + start // BT) * HV + head
+        tile = chunk * BT * KP + row[:, None] * KP + c[None, :]
+        square = chunk * BT * BT + row[:, None] * BT + row[None, :]
+        token = first + start + row
+        inside = (start + row < length)[:, None] & in_rest[None, :]
+        x = tl.load(v_head + token[:, None] * v_stride_t, mask=inside, other=0.0).to(tl.float32)
+        x -= tl.dot(tl.load(read_key + tile), state.to(dtype), input_precision=PRECISION)
+        u = tl.dot(tl.load(solve + square), x.to(dtype), input_precision=PRECISION)
+        state *= tl.exp2(tl.load(decay + chunk * KP + c))[:, None]
+        state += tl.dot(tl.trans(tl.load(write_key + tile)), u.to(dtype), input_precision=PRECISION)
+    tl.store(rest + KP * V, state, mask=in_rest[None, :])
+    carry = carries + place * KP * KP + c[:, None] * KP + column[None, :]
+    tl.store(carry, state, mask=(column < KP)[None, :] & of_carry)
+
+
+@triton.jit
+def merge_kernel(
+    starts, carries, cu_seqlens, segments, width, T,
+    HV: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    LEAST: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the rests in starts [N * HV, segments, KP, V] to the states before the segments; grid (V / BV, N * HV).
+
+    width: KP, where the compiler does not unroll.
+    """
+    n = (tl.program_id(1) // HV).to(tl.int64)
+    _, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    c, block = tl.arange(0, KP), tl.arange(0, BK)
+    column = tl.program_id(0) * BV + tl.arange(0, BV)
+    in_value = (column < V)[None, :]
+    first = tl.program_id(1).to(tl.int64) * segments
+    for s in tl.range(1, segments - 1):
+        begin, _ = _segment(s + 1, segments, length, BT, LEAST)
+        if begin < length:
+            before = starts + (first + s) * KP * V + column[None, :]
+            after = before + KP * V + c[:, None] * V
+            carry = carries + (first + s) * KP * KP + c[:, None] * KP
+            state = tl.load(after, mask=in_value, other=0.0)
+            for k in tl.range(0, width, BK):
+                x = tl.load(before + (k + block)[:, None] * V, mask=in_value, other=0.0)
+                state += tl.dot(tl.load(carry + (k + block)[None, :]), x, input_precision=PRECISION)
+            tl.store(after, state, mask=in_value)
+            tl.debug_barrier()  # the next turn reads it
 
 
 @triton.jit
@@ -654,14 +776,26 @@ def prepare_config(K: int, wide: bool) -> Config:
     return Config(constants, 8, 1)
 
 
-def scan_config(K: int, V: int, wide: bool) -> Config:
+def scan_config(K: int, V: int, wide: bool, more: bool = False) -> Config:
+    """`more`: than the outputs, segments or states on the way; their addresses take registers."""
     BV = min(16 if wide or K > 128 else 32, power_of_two(V))
     constants = {"K": K, "KP": power_of_two(K), "V": V, "BV": BV, "BT": chunk_size(wide)}
-    return Config({**constants, "PRECISION": precision(wide)}, 8 if wide else 4, 1 if wide or K > 128 else 2)
+    warps = 8 if wide or (more and K > 128) else 4
+    return Config({**constants, "PRECISION": precision(wide)}, warps, 1 if wide or K > 128 else 2)
 
 
 def scan_back_config(K: int, V: int, wide: bool) -> Config:
     return scan_config(K, V, wide)
+
+
+def segment_config(K: int, V: int, wide: bool) -> Config:
+    return scan_config(K, V, wide)
+
+
+def merge_config(K: int, V: int, wide: bool) -> Config:
+    names = ("KP", "V", "BV", "BT")
+    constants = {name: value for name, value in scan_config(K, V, wide).constants.items() if name in names}
+    return Config({**constants, "BK": min(32, power_of_two(K)), "PRECISION": float32_products()}, 8, 1)
 
 
 def gradient_config(K: int, V: int, wide: bool) -> Config:
@@ -737,15 +871,25 @@ def aot_variants() -> list[Variant]:
             **integer_types("T", "N", "groups", "width"),
         }
         scan = {**pairs, **ends, **dict.fromkeys(("states", "written"), x), "cu_seqlens": "*i32"}
-        scan |= {"state_indices": "*i32", "resumed": "*u8", "pool_slots": "i32"}
+        scan |= {"state_indices": "*i32", "resumed": "*u8", "starts": "*fp32", "carries": "*fp32"}
+        scan |= {**state_types("boundaries"), **integer_types("pool_slots", "interval", "segments", "width")}
+        whole = {**common, "LEAST": 8, "HAS_INITIAL": True, "POOLED": False, "SEGMENTED": False, "BOUNDARIES": False}
         for suffix, kept in (("", {"KEEP": False}), ("_kept", {"KEEP": True})):
             for kind, constant in (("", GATE_LOWER_BOUND), ("_softplus", GATE_SOFTPLUS)):
                 constants = {**common, **gate, **kept, "GATE": constant}
                 add(f"kda_prepare{kind}{suffix}", prepare_kernel, chunks, prepare_config(K, wide), constants)
-            constants = {**common, **kept, "HAS_INITIAL": True, "POOLED": False}
-            add(f"kda_scan{suffix}", scan_kernel, scan, scan_config(K, V, wide), constants)
-        constants = {**common, "KEEP": False, "HAS_INITIAL": True, "POOLED": True}
-        add("kda_scan_pooled", scan_kernel, scan, scan_config(K, V, wide), constants)
+            add(f"kda_scan{suffix}", scan_kernel, scan, scan_config(K, V, wide), {**whole, **kept})
+        whole["KEEP"] = False
+        kinds = {"pooled": {"POOLED": True}, "states": {"BOUNDARIES": True}}
+        if not wide:
+            kinds["segmented"] = {"POOLED": True, "SEGMENTED": True}
+        for name, more in kinds.items():
+            config = scan_config(K, V, wide, name != "pooled")
+            add(f"kda_scan_{name}", scan_kernel, scan, config, {**whole, **more})
+        constants = {**common, "LEAST": 8, "HAS_INITIAL": True, "POOLED": True}
+        if not wide:
+            add("kda_segment", segment_kernel, scan, segment_config(K, V, wide), constants)
+            add("kda_merge", merge_kernel, scan, merge_config(K, V, wide), {**common, "LEAST": 8})
         grads = {
             **dict.fromkeys(("d_out", "dv", "d_states", "d_written"), x),
             **stride_types(d_out="bth", dv="bth"),

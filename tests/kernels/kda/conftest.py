@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels import kda_decode, kda_prefill
+from kimi_kernels import _triton, kda_decode, kda_prefill
 
 SLOTS, SPECULATED = 8, 3
 
@@ -181,3 +184,24 @@ class Layer:
 @pytest.fixture(name="Layer")
 def _layer() -> type[Layer]:
     return Layer
+
+
+@pytest.fixture
+def fla_kda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """fla-core's KDA. Interpreted, it needs loop indices that are tensors, and no gather bound at import."""
+    pytest.importorskip("fla")
+    functions = importlib.import_module("fla.ops.kda")
+    if _triton.interpreting():
+        import numpy as np
+        import triton.language as tl
+        from triton.runtime.interpreter import TensorHandle
+
+        def indices(*bounds):
+            for i in range(*map(int, bounds)):
+                yield tl.core.tensor(TensorHandle(np.array([i], np.int32), tl.int32), tl.int32)
+
+        monkeypatch.setattr(sys.modules["fla.ops.common.chunk_delta_h"], "range", indices, raising=False)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fla") and getattr(module, "IS_GATHER_SUPPORTED", False):
+                monkeypatch.setattr(module, "IS_GATHER_SUPPORTED", False)
+    return functions

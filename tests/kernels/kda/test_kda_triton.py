@@ -8,8 +8,6 @@ operands rounded to bfloat16.
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from itertools import pairwise
 
 import pytest
@@ -239,7 +237,7 @@ def test_bad_input_never_reaches_a_kernel(monkeypatch, make, wrong, message):
 
 
 def test_what_it_cannot_run_is_said(make):
-    with pytest.raises(BackendError, match="triton, but it cannot run chunk_kda: takes float32 or bfloat16"):
+    with pytest.raises(BackendError, match="triton, but it cannot run chunk_kda: takes float32, bfloat16 or float16"):
         chunk(*make(1, 4, 1, 1, 16, 16, dtype=torch.float64))
     with pytest.raises(BackendError, match="takes head sizes up to 256, got K=257"):
         chunk(*make(1, 4, 1, 1, 257, 16))
@@ -279,30 +277,9 @@ def test_configuration_does_not_depend_on_the_batch():
     assert len(seen) == 1
 
 
-@pytest.fixture
-def fla_chunk(monkeypatch):
-    """fla-core's chunk_kda. Interpreted, it needs loop indices that are tensors, and no gather bound at import."""
-    pytest.importorskip("fla")
-    function = importlib.import_module("fla.ops.kda").chunk_kda
-    if _triton.interpreting():
-        import numpy as np
-        import triton.language as tl
-        from triton.runtime.interpreter import TensorHandle
-
-        def indices(*bounds):
-            for i in range(*map(int, bounds)):
-                yield tl.core.tensor(TensorHandle(np.array([i], np.int32), tl.int32), tl.int32)
-
-        monkeypatch.setattr(sys.modules["fla.ops.common.chunk_delta_h"], "range", indices, raising=False)
-        for name, module in list(sys.modules.items()):
-            if name.startswith("fla") and getattr(module, "IS_GATHER_SUPPORTED", False):
-                monkeypatch.setattr(module, "IS_GATHER_SUPPORTED", False)
-    return on_device(function)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["lower bound", "softplus", "plain", "slow decay", "saturated"])
-def test_as_near_to_float64_as_fla(make, oracle, fla_chunk, case):
+def test_as_near_to_float64_as_fla(make, oracle, fla_kda, case):
     """The published Triton kernels on the same bfloat16 inputs; at most 5 % more error, which is its own scatter."""
     T, K = 48 if case == "softplus" else 100, 64  # their kernel for unbounded gates is slow to interpret
     options, safe = {}, False
@@ -322,7 +299,7 @@ def test_as_near_to_float64_as_fla(make, oracle, fla_chunk, case):
     inputs, state = [q, k, v, g, beta], torch.randn(1, 1, K, K) * (case != "slow decay")
     exact = oracle(*map(wide, inputs), initial_state=state.double(), output_final_state=True,
                    **{name: wide(x) for name, x in options.items()})  # fmt: skip
-    theirs = fla_chunk(
+    theirs = on_device(fla_kda.chunk_kda)(
         *inputs, initial_state=state.clone(), output_final_state=True, safe_gate=safe, **options
     )
     ours = chunk(*inputs, initial_state=state, output_final_state=True, **options)
