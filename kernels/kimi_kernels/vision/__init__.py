@@ -1,9 +1,9 @@
 """Vision towers on packed images: 2-D rotary, interpolated positions, merging of patches; one launch for all images.
 
-MoonViT (Kimi-VL, arXiv 2504.07491, section 2.1) and MoonViT-3D (Kimi K2.5, arXiv 2602.02276, section 3). The patches of
-all images lie in one row [L, ...], image after image, and in an image frame after frame, row after row. `grid_thw` says
-where each is: integers [N, 3], the frames, rows and columns of patches of N images, or [N, 2], rows and columns of
-images of one frame. A row of zeros is an image without patches.
+MoonViT (Kimi-VL, arXiv 2504.07491, section 2.1) and MoonViT-3D (Kimi K2.5, arXiv 2602.02276). The patches of all images
+lie in one row [L, ...], image after image, and in an image frame after frame, row after row. `grid_thw` says where each
+is: integers [N, 3], the frames, rows and columns of patches of N images, or [N, 2], rows and columns of images of one
+frame. A row of zeros is an image without patches.
 
 A grid on the CPU is checked. One on a GPU is never read by the host, so that calls can be captured in a CUDA graph:
 patches behind those of its images are padding, and a grid that asks for more patches than there are is cut off.

@@ -1,5 +1,5 @@
-"""The vision operations in plain torch, over all images at once. These run on the CPU too: they are gathers and
-element-wise sums without a loop over images, which torch's own threaded kernels do.
+"""The vision operations in plain torch, over all images at once. There is no other path for the CPU: these are gathers
+and element-wise sums without a loop over images, which torch's own threaded kernels do.
 
 Arithmetic is float32, or float64 when an input is float64.
 """
@@ -113,12 +113,12 @@ def _taps(
 
 
 def _taps_2d(at: Places, weight: Tensor, bicubic: bool, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of the flat table and their weights, one tap after the other: [4 or 16, L]. Padding has weights of 0."""
+    """Rows of the flat table and their weights [L, 4 or 16]. Padding has weights of 0."""
     y, wy = _taps(at.row, at.rows, weight.shape[0], bicubic, acc)
     x, wx = _taps(at.column, at.columns, weight.shape[1], bicubic, acc)
     indices = y.unsqueeze(2) * weight.shape[1] + x.unsqueeze(1)
     weights = wy.unsqueeze(2) * wx.unsqueeze(1) * at.inside[:, None, None]
-    return indices.flatten(1).T, weights.flatten(1).T
+    return indices.flatten(1), weights.flatten(1)
 
 
 @dispatch.register("interpolate_pos_embed", "reference")
@@ -128,9 +128,8 @@ def interpolate_pos_embed(
     acc = _accumulator(x, weight, time_weight)
     at = _locate(grid, x.shape[0])
     table = weight.to(acc).flatten(0, 1)
-    embedded = x.to(acc, copy=True)
-    for index, share in zip(*_taps_2d(at, weight, bicubic, acc)):
-        embedded.addcmul_(table[index], share.unsqueeze(1))
+    indices, weights = _taps_2d(at, weight, bicubic, acc)
+    embedded = x.to(acc) + F.embedding_bag(indices, table, per_sample_weights=weights, mode="sum")
     if time_weight is not None:
         row = at.frame.clamp(max=time_weight.shape[0] - 1)
         moving = (at.inside & (at.frames > 1)).to(acc)
@@ -145,7 +144,8 @@ def interpolate_pos_embed_backward(d_out: Tensor, weight: Tensor, grid: Tensor, 
     at = _locate(grid, d_out.shape[0])
     d_out = d_out.to(acc)
     d_table = torch.zeros(weight.shape, dtype=acc, device=weight.device).flatten(0, 1)
-    for index, share in zip(*_taps_2d(at, weight, bicubic, acc)):
+    indices, weights = _taps_2d(at, weight, bicubic, acc)
+    for index, share in zip(indices.unbind(1), weights.unbind(1)):
         d_table.index_add_(0, index, d_out * share.unsqueeze(1))
     return d_table.view(weight.shape).to(weight.dtype)
 
