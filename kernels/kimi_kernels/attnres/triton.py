@@ -75,21 +75,20 @@ def _mix(
     rows, width = sources[0].shape
     count, size = len(queries), sources[0].element_size()
     chunks = _chunks(sources, kernels.MAX_SOURCES)
-    carried = None
+    carried = carried_lse = None
     for number, chunk in enumerate(chunks):
         last = number == len(chunks) - 1
-        to = out if last or out.dtype == torch.float32 else carried
-        if to is None:
-            to = _empty(out, *out.shape)
+        # Never in place: a thread may read what another one of its program has written.
+        to, lse_to = (out, lse) if last else (_empty(out, *out.shape), torch.empty_like(lse))
         config = kernels.mix_config(len(chunk), count, width, size)
         constants = {"CARRY": number > 0, "HAS_GAIN": last and gain is not None}
         _triton.launch(
             kernels.mix_kernel, (rows * -(-count // config.constants["SB"]),), out,
-            chunk, queries, weights, gain if last else None, carried, None if carried is None else lse, to, lse,
+            chunk, queries, weights, gain if last else None, carried, carried_lse, to, lse_to,
             _strides(chunk), _stride(queries), _stride(weights), rows, count, scale, eps,
             config=config._replace(constants={**config.constants, **constants}),
         )  # fmt: skip
-        carried = to
+        carried, carried_lse = to, lse_to
 
 
 def _mix_refuses(queries, residuals, rms_weights, output_rms_weight, rms_eps, scale):
@@ -133,19 +132,20 @@ def mix_backward(
     count, n, size = len(q), len(sources), sources[0].element_size()
     has_gain = {"HAS_GAIN": gain is not None}
     factors = _empty(d_out, n, rows)
-    logits, along = _empty(d_out, count, n, rows), _empty(d_out, count, n, rows)
-    mixed = against = mixed_factors = mixed_pulls = d_gain = None
+    logits, along, shares, slopes = (_empty(d_out, count, n, rows) for _ in range(4))
+    pulls = torch.empty_like(factors)
+    mixed = against = mixed_squares = mixed_factors = mixed_pulls = d_gain = None
     if gain is not None:
-        mixed, mixed_factors = _empty(d_out, count, rows, width), _empty(d_out, count, rows)
-        _mix(q, sources, w, None, mixed, mixed_factors, rms_eps, scale)  # the lse makes room for the factors
-        against, mixed_pulls = torch.empty_like(along), torch.empty_like(mixed_factors)
+        mixed, against = _empty(d_out, count, rows, width), torch.empty_like(along)
+        mixed_squares, mixed_factors, mixed_pulls = (_empty(d_out, count, rows) for _ in range(3))
+        _mix(q, sources, w, None, mixed, torch.empty_like(mixed_squares), rms_eps, scale)
 
     chunks, before = _chunks(sources, kernels.MAX_SOURCES_BACK), 0
     for chunk in chunks:
         config = kernels.score_config(len(chunk), count, width, size, gain is not None)
         _triton.launch(
             kernels.score_kernel, (rows * -(-count // config.constants["SB"]),), d_out,
-            chunk, q, w, gain, d_out, mixed, factors, logits, along, against, mixed_factors,
+            chunk, q, w, gain, d_out, mixed, factors, logits, along, against, mixed_squares,
             _strides(chunk), _stride(q), _stride(w), rows, count, n, before, scale, rms_eps,
             config=config._replace(constants={**config.constants, **has_gain}),
         )  # fmt: skip
@@ -154,7 +154,8 @@ def mix_backward(
     config = kernels.coefficient_config(n, width)
     _triton.launch(
         kernels.coefficient_kernel, (-(-rows // config.constants["BR"]),), d_out,
-        factors, logits, along, against, mixed_factors, mixed_pulls, d_lse, rows, count, n, rms_eps,
+        factors, logits, along, against, mixed_squares, d_lse, shares, slopes, pulls, mixed_factors, mixed_pulls,
+        rows, count, n, rms_eps,
         config=config._replace(constants={**config.constants, **has_gain}),
     )  # fmt: skip
 
@@ -168,7 +169,7 @@ def mix_backward(
         constants, d_chunk = config.constants, tuple(d_sources[before : before + len(chunk)])
         _triton.launch(
             kernels.gradient_kernel, (-(-width // constants["BD"]), groups, -(-count // constants["SB"])), d_out,
-            chunk, q, w, gain, d_out, mixed, factors, logits, along, mixed_factors, mixed_pulls,
+            chunk, q, w, gain, d_out, mixed, pulls, shares, slopes, mixed_factors, mixed_pulls,
             d_chunk, d_folded[number], d_gain,
             _strides(chunk), (width,) * len(chunk), _stride(q), _stride(w), rows, count, n, before, rows_of_program,
             scale, config=config._replace(constants={**constants, **has_gain}),

@@ -92,7 +92,7 @@ def mix_kernel(
     """SB of `count` queries over N sources, for one row; grid (rows * ceil(count / SB)).
 
     out [count, rows, D], lse [count, rows]. To CARRY on from other sources: their normalised mixture `carried`
-    float32 and their lse; `out` and `lse` may be the same tensors.
+    float32 and their lse.
     """
     rows = tl.cast(rows, tl.int64)
     groups = (count + SB - 1) // SB
@@ -239,14 +239,15 @@ def score_kernel(
 
 @triton.jit
 def coefficient_kernel(
-    factors, logits, along, against, mixed_squares, mixed_pulls, d_lse, rows, count, sources_in_all, eps,
+    factors, logits, along, against, mixed_squares, d_lse, shares, slopes, pulls, mixed_factors, mixed_pulls,
+    rows, count, sources_in_all, eps,
     D: tl.constexpr, NT: tl.constexpr, BR: tl.constexpr, HAS_GAIN: tl.constexpr,
 ):  # fmt: skip
-    """The factors of the gradients of BR rows, in place of what `score_kernel` left; grid (rows / BR).
+    """The factors of the gradients of BR rows from what `score_kernel` found; grid (rows / BR).
 
-    d_mixed = d_out, or with an output norm (mixed_squares) gain d_out - (mixed_pulls) mixed.
-    d_source = sum over queries of (logits) d_mixed + (along) folded query, minus (factors) source;
-    d_folded of a query = sum over sources and rows of (along) source.
+    d_mixed = d_out, or with an output norm mixed_factors gain d_out - mixed_pulls mixed, both [count, rows].
+    d_source = sum over queries of shares d_mixed + slopes folded query, minus pulls source; a query's d_folded = sum
+    over sources and rows of slopes source. shares and slopes [count, n, rows], pulls [n, rows].
     """
     rows = tl.cast(rows, tl.int64)
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -267,14 +268,14 @@ def coefficient_kernel(
             norm = tl.rsqrt(tl.load(mixed_squares + at, mask=row < rows, other=0.0) / D + eps)
             back = norm * norm * norm * tl.sum(share * slope, axis=0) / D
             slope = norm[None, :] * slope - back[None, :] * tl.load(against + place, mask=inside, other=0.0)
-            tl.store(mixed_squares + at, norm, mask=row < rows)
+            tl.store(mixed_factors + at, norm, mask=row < rows)
             tl.store(mixed_pulls + at, back, mask=row < rows)
         d_logit = slope - tl.sum(share * slope, axis=0)[None, :]
         d_logit = share * (d_logit + tl.load(d_lse + at, mask=row < rows, other=0.0)[None, :])
         pull += d_logit * tl.where(inside, logit, 0.0)
-        tl.store(logits + place, share, mask=inside)
-        tl.store(along + place, d_logit * factor, mask=inside)
-    tl.store(factors + tile, pull * factor * factor / D, mask=inside)
+        tl.store(shares + place, share, mask=inside)
+        tl.store(slopes + place, d_logit * factor, mask=inside)
+    tl.store(pulls + tile, pull * factor * factor / D, mask=inside)
 
 
 @triton.jit
@@ -523,6 +524,8 @@ def coefficient_config(sources: int, width: int) -> Config:
 
 
 def gradient_config(sources: int, count: int, width: int, size: int) -> Config:
+    """Bound by registers, 255 in bfloat16 with 8 sources: a thread has 8 elements of each source and of each gradient
+    in float32. Fewer sources in a launch would read the upstream gradients more often."""
     config = score_config(sources, count, width, size, has_gain=True)
     constants = {name: config.constants[name] for name in ("N", "NP", "SB", "D", "BD")}
     return config._replace(constants=constants)
@@ -556,42 +559,33 @@ def aot_variants() -> list[Variant]:
         "carried", "carried_lse", "lse", "mixed", "factors", "logits", "along", "against", "mixed_squares",
         "mixed_pulls", "mixed_factors", "d_lse", "pulls", "shares", "slopes", "scalars", "d_folded", "d_gain",
     )  # fmt: skip
-    for x, size in (("*bf16", 2), ("*fp32", 4)):
+    for x, size, width in (("*bf16", 2, 2304), ("*bf16", 2, 7168), ("*fp32", 4, 7168)):
         wide = (
             "out", "d_out", "partial", "update", "merged", "next_partial", "d_merged", "d_next", "d_partial",
             "query", "queries", "weight", "weights", "gain",
         )  # fmt: skip
         types = {**numbers, **dict.fromkeys(floats, "*fp32"), **dict.fromkeys(wide, x)}
-        for width in (2304, 7168):
-            for n, count, gain, carry in (
-                (8, 1, True, False), (10, 1, True, False), (8, 2, False, False), (8, 4, False, False),
-                (10, 4, False, False), (16, 4, False, True), (3, 1, False, True),
-            ):  # fmt: skip
-                sources = {"sources": (x,) * n, "strides": ("i32",) * n}
-                config, flags = mix_config(n, count, width, size), {"CARRY": carry, "HAS_GAIN": gain}
-                add("attnres_mix", mix_kernel, {**types, **sources}, config, **flags)
-            for n, count, gain in ((8, 4, False), (5, 1, False), (8, 4, True), (8, 1, True)):
-                tuples = dict.fromkeys(("sources", "d_sources"), (x,) * n)
-                tuples |= dict.fromkeys(("strides", "d_strides"), ("i32",) * n)
-                config, flags = score_config(n, count, width, size, gain), {"HAS_GAIN": gain}
-                add("attnres_score", score_kernel, {**types, **tuples}, config, True, **flags)
-                config = gradient_config(n, count, width, size)
-                add("attnres_gradient", gradient_kernel, {**types, **tuples}, config, True, **flags)
-                add(
-                    "attnres_coefficient",
-                    coefficient_kernel,
-                    types,
-                    coefficient_config(n, width),
-                    True,
-                    **flags,
-                )
-            for gain in (False, True):
-                config = merge_config(width, size)
-                for update in (False, True):
-                    flags = {"HAS_UPDATE": update, "HAS_GAIN": gain}
-                    add("attnres_step" if update else "attnres_merge", merge_kernel, types, config, **flags)
-                add("attnres_merge_score", merge_score_kernel, types, config, True, HAS_GAIN=gain)
-                flags = {"HAS_NEXT": True, "HAS_GAIN": gain}
-                config = merge_gradient_config(width)
-                add("attnres_merge_gradient", merge_gradient_kernel, types, config, True, **flags)
+        for n, count, gain, carry in (
+            (8, 1, True, False), (10, 1, True, False), (8, 2, False, False), (8, 4, False, False),
+            (10, 4, False, False), (16, 4, False, True), (3, 1, False, True),
+        ):  # fmt: skip
+            sources = {"sources": (x,) * n, "strides": ("i32",) * n}
+            config, flags = mix_config(n, count, width, size), {"CARRY": carry, "HAS_GAIN": gain}
+            add("attnres_mix", mix_kernel, {**types, **sources}, config, **flags)
+        for n, count, gain in ((8, 4, False), (5, 1, False), (8, 4, True), (8, 1, True)):
+            tuples = dict.fromkeys(("sources", "d_sources"), (x,) * n)
+            tuples |= dict.fromkeys(("strides", "d_strides"), ("i32",) * n)
+            config = score_config(n, count, width, size, gain)
+            add("attnres_score", score_kernel, {**types, **tuples}, config, True, HAS_GAIN=gain)
+            config = gradient_config(n, count, width, size)
+            add("attnres_gradient", gradient_kernel, {**types, **tuples}, config, True, HAS_GAIN=gain)
+        for gain in (False, True):
+            config = coefficient_config(8, width)
+            add("attnres_coefficient", coefficient_kernel, types, config, True, HAS_GAIN=gain)
+            config = merge_config(width, size)
+            add("attnres_merge", merge_kernel, types, config, HAS_UPDATE=False, HAS_GAIN=gain)
+            add("attnres_step", merge_kernel, types, config, HAS_UPDATE=True, HAS_GAIN=gain)
+            add("attnres_merge_score", merge_score_kernel, types, config, True, HAS_GAIN=gain)
+            config, flags = merge_gradient_config(width), {"HAS_NEXT": True, "HAS_GAIN": gain}
+            add("attnres_merge_gradient", merge_gradient_kernel, types, config, True, **flags)
     return variants
