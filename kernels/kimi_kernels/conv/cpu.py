@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import _native, dispatch
+from .reference import offsets_of
 
 _WIDTHS = range(2, 9)  # kernel widths that are compiled
 
 
-def _refuses(x, weight, bias, initial_state, offsets, silu, output_final_state):
+def _refuses(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state):
     if weight.shape[1] not in _WIDTHS:
         return f"takes kernel widths {_WIDTHS.start} to {_WIDTHS.stop - 1}, got {weight.shape[1]}"
     if any(t is not None and t.dtype == torch.float64 for t in (weight, bias, initial_state)):
@@ -38,11 +39,12 @@ def causal_conv1d(
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
-    offsets: list[int],
+    cu_seqlens: Tensor | None,
     silu: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, filters = _adjacent_channels(x), weight.to(torch.float32).t().contiguous()
+    offsets, shape = offsets_of(x, cu_seqlens), x.shape
+    x, filters = _adjacent_channels(x.flatten(0, 1)), weight.to(torch.float32).t().contiguous()
     bias, initial_state = _float(bias), _float(initial_state)
     y = torch.empty(x.shape, dtype=x.dtype)
     count = len(offsets) - 1
@@ -63,11 +65,11 @@ def causal_conv1d(
         _native.DTYPE_CODES[x.dtype],
         _native.threads(x.numel() * 8),
     )
-    return y, final
+    return y.view(shape), final
 
 
-def _backward_refuses(dy, dfinal, x, weight, bias, initial_state, offsets, silu):
-    reason = _refuses(x, weight, bias, initial_state, offsets, silu, False)
+def _backward_refuses(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu):
+    reason = _refuses(x, weight, bias, initial_state, cu_seqlens, silu, False)
     return reason or _native.refuses_dtype(dy, x)
 
 
@@ -79,10 +81,11 @@ def causal_conv1d_backward(
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
-    offsets: list[int],
+    cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    x, dy = _adjacent_channels(x), dy.contiguous()
+    offsets, shape = offsets_of(x, cu_seqlens), x.shape
+    x, dy = _adjacent_channels(x.flatten(0, 1)), dy.flatten(0, 1).contiguous()
     filters = weight.to(torch.float32).t().contiguous()
     wide_bias, initial, dfinal = _float(bias), _float(initial_state), _float(dfinal)
     dx = torch.empty(x.shape, dtype=x.dtype)
@@ -110,7 +113,7 @@ def causal_conv1d_backward(
         _native.threads(x.numel() * 16),
     )
     return (
-        dx,
+        dx.view(shape),
         dfilters.t().to(weight.dtype).contiguous(),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
         None if dinitial is None or initial_state is None else dinitial.to(initial_state.dtype),

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
 from .. import dispatch
 from .._library import custom_op
-from . import cpu, reference  # noqa: F401  (register the backends)
-
-
-def _offsets(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    if cu_seqlens is None:
-        return (
-            list(range(0, x.shape[0] * x.shape[1] + 1, x.shape[1])) if x.shape[1] else [0] * (x.shape[0] + 1)
-        )
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}: pass offsets of the packed batch")
-    if offsets[-1] != x.shape[1]:
-        raise ValueError(f"cu_seqlens must end at T = {x.shape[1]}, got {offsets[-1]}")
-    if any(a > b for a, b in pairwise(offsets)):
-        raise ValueError(f"cu_seqlens must not decrease, got {offsets}")
-    return offsets
+from . import cpu, reference, triton  # noqa: F401  (register the backends)
 
 
 @custom_op("kimi::causal_conv1d", mutates_args=())
@@ -37,19 +21,8 @@ def causal_conv1d(
     silu: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    offsets = _offsets(x, cu_seqlens)
-    y, final = dispatch.run(
-        "causal_conv1d",
-        x.device,
-        x.flatten(0, 1),
-        weight,
-        bias,
-        initial_state,
-        offsets,
-        silu,
-        output_final_state,
-    )
-    return y.view(x.shape), final
+    args = (x, weight, bias, initial_state, cu_seqlens, silu, output_final_state)
+    return dispatch.run("causal_conv1d", x.device, *args)
 
 
 @causal_conv1d.register_fake
@@ -71,19 +44,9 @@ def _backward(
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> list[Tensor]:
-    dx, *rest = dispatch.run(
-        "causal_conv1d_backward",
-        x.device,
-        dy.flatten(0, 1),
-        dfinal,
-        x.flatten(0, 1),
-        weight,
-        bias,
-        initial_state,
-        _offsets(x, cu_seqlens),
-        silu,
-    )
-    return [dx.view(x.shape), *(g for g in rest if g is not None)]
+    args = (dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
+    grads = dispatch.run("causal_conv1d_backward", x.device, *args)
+    return [grad for grad in grads if grad is not None]
 
 
 @_backward.register_fake

@@ -21,6 +21,21 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def offsets_of(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """Offsets of the sequences in the tokens of x [B, T, D]; ValueError where cu_seqlens are none of it."""
+    batch, tokens = x.shape[:2]
+    if cu_seqlens is None:
+        return [n * tokens for n in range(batch + 1)]
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}: pass offsets of the packed batch")
+    if offsets[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at T = {tokens}, got {offsets[-1]}")
+    if any(a > b for a, b in pairwise(offsets)):
+        raise ValueError(f"cu_seqlens must not decrease, got {offsets}")
+    return offsets
+
+
 def _with_history(x: Tensor, initial_state: Tensor | None, n: int, width: int, acc: torch.dtype) -> Tensor:
     """The W inputs before sequence n, then the sequence x: [W + T, D]."""
     if initial_state is None:
@@ -46,11 +61,13 @@ def causal_conv1d(
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
-    offsets: list[int],
+    cu_seqlens: Tensor | None,
     silu: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x [tokens, D], all sequences one after the other: (y [tokens, D], final state [N, D, W] or empty)."""
+    """(y [B, T, D], final state [N, D, W] or empty)."""
+    offsets, shape = offsets_of(x, cu_seqlens), x.shape
+    x = x.flatten(0, 1)
     acc = _accumulator(x, weight, bias, initial_state)
     w, b = weight.to(acc), None if bias is None else bias.to(acc)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -62,7 +79,7 @@ def causal_conv1d(
         y[first:last] = (z * torch.sigmoid(z) if silu else z).to(x.dtype)
         if output_final_state:
             final[n] = history[last - first :].T
-    return y, final
+    return y.view(shape), final
 
 
 @dispatch.register("causal_conv1d_backward", "reference")
@@ -73,10 +90,12 @@ def causal_conv1d_backward(
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
-    offsets: list[int],
+    cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state."""
+    offsets, shape = offsets_of(x, cu_seqlens), x.shape
+    x, dy = x.flatten(0, 1), dy.flatten(0, 1)
     acc = _accumulator(x, weight, bias, initial_state)
     w, b = weight.to(acc), None if bias is None else bias.to(acc)
     width = w.shape[1]
@@ -101,4 +120,5 @@ def causal_conv1d_backward(
         dx[first:last] = dhistory[width:].to(x.dtype)
         if dinitial is not None:
             dinitial[n] = dhistory[:width].T
+    dx = dx.view(shape)
     return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dinitial

@@ -294,7 +294,7 @@ def test_agrees_with_flex_attention(causal):
     lse = aux.lse.cpu()
     found = largest(q, k, causal=causal)
     torch.testing.assert_close(found[1:3], lse.amax((0, 2))[1:3], rtol=1e-5, atol=0)
-    assert (found <= lse.amax((0, 2)) + 1e-5).all()
+    assert (found <= lse.amax((0, 2)) + 1e-3).all()
     gated = largest(q, k, causal=causal, lse=lse, threshold=50.0)
     assert torch.equal(gated, torch.where(lse.amax((0, 2)) > 50, found, lse.amax((0, 2))))
     if DEVICE == "cuda":
