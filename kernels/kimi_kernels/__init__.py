@@ -8,6 +8,7 @@ from typing import Any
 # The folders attnres and projection: a module must not share its name with a function exported here.
 _MODULE_OF = {
     "chunk_kda": "kda",
+    "chunk_kda_states": "kda",
     "fused_recurrent_kda": "kda",
     "kda_gate": "kda",
     "kda_prefill": "kda",

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import ops
 from .paged import kda_decode, kda_prefill
-from .validation import check_gate, check_kda
+from .validation import STATE_STEP, check_gate, check_interval, check_kda
 
-__all__ = ["chunk_kda", "fused_recurrent_kda", "kda_decode", "kda_gate", "kda_prefill"]
+__all__ = ["chunk_kda", "chunk_kda_states", "fused_recurrent_kda", "kda_decode", "kda_gate", "kda_prefill"]
 
 
 def chunk_kda(
@@ -85,6 +85,65 @@ def chunk_kda(
         state_v_first,
     )  # fmt: skip
     return o, state if output_final_state else None
+
+
+def chunk_kda_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    state_interval: int = STATE_STEP,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`chunk_kda`, with the states on the way, for prefix caches. No gradients.
+
+    fla-core returns the state before every chunk with `return_intermediate_states`; this one that after every
+    `state_interval`-th token, in float32, each at a place that follows from the offsets alone.
+
+    Args:
+        state_interval: a multiple of 64.
+        Others as for `chunk_kda`.
+
+    Returns:
+        (o, final state, states [B * (T // state_interval), HV, K, V] float32). The state of batch row b after
+        i * state_interval tokens is states[b * (T // state_interval) + i - 1]. With `cu_seqlens` that of sequence n is
+        states[cu_seqlens[n] // state_interval + i - 1], and rows between those of the sequences are zeros.
+
+    Raises:
+        ValueError: as for `chunk_kda`, or the interval does not fit, or an input requires a gradient.
+    """
+    check_kda(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        initial_state,
+        cu_seqlens,
+        use_gate_in_kernel,
+        A_log,
+        dt_bias,
+        lower_bound,
+        state_v_first,
+    )
+    check_interval(state_interval, q, k, v, g, beta, initial_state, A_log, dt_bias)
+    return ops.chunk_states(
+        q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, state_interval,
+        k.shape[3] ** -0.5 if scale is None else scale, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first,
+    )  # fmt: skip
 
 
 def fused_recurrent_kda(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _native, dispatch
 from ._layout import KdaArgs, KdaGrads, States, Tokens
-from .reference import Options
+from .reference import Options, by_interval
 
 MAX_HEAD = 256  # csrc/kda/conv.h: kMaxHead
 
@@ -107,6 +107,16 @@ def _forward(kernel: str, v: Tensor, call: _Call, options: Options) -> tuple[Ten
 def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options):
     call = _Call(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
     return _forward("kda_forward", v, call, options)
+
+
+def _states_refuse(*args) -> str | None:
+    *tensors, _interval, options = args
+    return _refuses(*tensors, options)
+
+
+@dispatch.register("chunk_kda_states", "cpu", _states_refuse)
+def chunk_kda_states(*args):
+    return by_interval(chunk_kda, *args)
 
 
 @dispatch.register("fused_recurrent_kda", "cpu", _refuses)

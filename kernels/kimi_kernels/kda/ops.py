@@ -84,6 +84,39 @@ def _(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, *options):
     return v.new_empty(v.shape), _state_like(k, v, cu_seqlens, wide, Options(*options).state_v_first)
 
 
+@custom_op("kimi::chunk_kda_states", mutates_args=())
+def chunk_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interval: int,
+    scale: float,
+    l2norm: bool,
+    gate: bool,
+    beta_sigmoid: bool,
+    allow_neg_eigval: bool,
+    lower_bound: float | None,
+    state_v_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(scale, l2norm, gate, beta_sigmoid, allow_neg_eigval, lower_bound, state_v_first)
+    tensors = (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens)
+    return dispatch.run("chunk_kda_states", q.device, *tensors, interval, options)
+
+
+@chunk_states.register_fake
+def _(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, interval, *options):
+    wide = _is_wide(q, k, v, g, beta, initial_state, A_log, dt_bias)
+    final = _state_like(k, v, cu_seqlens, wide, Options(*options).state_v_first)
+    rows = k.shape[0] * (k.shape[1] // interval)
+    return v.new_empty(v.shape), final, final.new_empty((rows, *final.shape[1:]))
+
+
 # Gradients of the tensors that are there, in the order of the arguments: results cannot be optional.
 @custom_op("kimi::chunk_kda_backward", mutates_args=())
 def _backward(

@@ -7,6 +7,7 @@ definition against which everything else is tested; the chunk form is the same a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +127,7 @@ def _run(
     else:
         state = initial_state.to(dtype)
         state = state.transpose(-1, -2) if options.state_v_first else state
-    if bounds is None:
+    if bounds is None or count == 0:
         out, state = core(q, k, v, log_decay, beta, state)
     else:
         parts = [
@@ -142,6 +143,54 @@ def _run(
 @dispatch.register("chunk_kda", "reference")
 def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options):
     return _run(_chunked, q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+
+
+def by_interval(
+    rule: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interval: int,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`chunk_kda_states` by a backend's `rule` for `chunk_kda`, which goes on from each state that is asked for."""
+    batch, tokens = k.shape[:2]
+    if cu_seqlens is None:
+        sequences = [(n, n * (tokens // interval), 0, tokens) for n in range(batch)]
+    else:
+        spans = itertools.pairwise(cu_seqlens.tolist())
+        sequences = [(0, a // interval, a, b) for a, b in spans]
+    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    finals, marks = [], {}
+    for n, (row, mark, first, end) in enumerate(sequences):
+        state = None if initial_state is None else initial_state[n : n + 1]
+        for start in range(first, max(end, first + 1), interval):
+            span = slice(start, min(start + interval, end))
+            parts = (x[row : row + 1, span] for x in (q, k, v, g, beta))
+            out[row : row + 1, span], state = rule(*parts, state, A_log, dt_bias, None, options)
+            if span.stop - start == interval:
+                marks[mark + (start - first) // interval] = state[0]
+        finals.append(state)
+    rows = batch * (tokens // interval)
+    if finals:
+        final = torch.cat(finals)
+    else:
+        _, final = rule(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    states = final.new_zeros((rows, *final.shape[1:]))
+    for mark, state in marks.items():
+        states[mark] = state
+    return out, final, states
+
+
+@dispatch.register("chunk_kda_states", "reference")
+def chunk_kda_states(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return by_interval(chunk_kda, *args)
 
 
 @dispatch.register("fused_recurrent_kda", "reference")

@@ -214,6 +214,26 @@ def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, optio
     return out, final
 
 
+def _states_refuse(*args) -> str | None:
+    *tensors, _interval, options = args
+    return _refuses(*tensors, options)
+
+
+@dispatch.register("chunk_kda_states", "triton", _states_refuse)
+def chunk_kda_states(
+    q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, interval: int, options: Options
+):  # fmt: skip
+    p = Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
+    out, final = p.results()
+    rows = k.shape[0] * (p.T // interval)
+    # Packed, some rows may belong to no sequence.
+    states = (torch.empty if cu_seqlens is None else torch.zeros)(
+        (rows, *final.shape[1:]), dtype=torch.float32, device=v.device
+    )
+    Chunks(p, keep=False).scan(out, final, boundaries=(states, interval))
+    return out, final, states
+
+
 @dispatch.register("chunk_kda_backward", "triton", lambda d_out, d_state, *args: _refuses(*args))
 def chunk_kda_backward(
     d_out, d_state, q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options: Options
@@ -224,18 +244,20 @@ def chunk_kda_backward(
     p = Problem(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, options)
     d_out, d_state = _triton.rows(d_out.to(v.dtype)), d_state.to(torch.float32)
     chunks = Chunks(p, keep=True)
-    states, written = chunks.room(chunks.KP, p.V), chunks.room(chunks.BT, p.V)
+    states, written = chunks.room(chunks.KP, p.V), chunks.room(chunks.BT, p.V, dtype=torch.float32)
     chunks.scan(None, None, kept=(states, written))
 
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_initial = None if initial_state is None else torch.empty_like(initial_state, dtype=torch.float32)
-    d_states, d_written = torch.empty_like(states), torch.empty_like(written)
+    d_states, d_written = torch.empty_like(states), chunks.room(chunks.BT, p.V)
     config = kernels.scan_back_config(p.K, p.V, p.wide)
+    blocks = -(-p.V // config.constants["BV"])
+    d_strengths = chunks.room(blocks, chunks.BT, dtype=torch.float32)
     constants = {"HV": p.HV, "HAS_INITIAL": p.initial is not None, "PACKED": p.offsets is not None}
     _triton.launch(
-        kernels.scan_back_kernel, (-(-p.V // config.constants["BV"]), p.N * p.HV), v,
+        kernels.scan_back_kernel, (blocks, p.N * p.HV), v,
         chunks.read_key, chunks.query, chunks.write_key, chunks.decay, chunks.solve_back, chunks.attend,
-        chunks.strengths, d_out, d_state, d_initial, dv, d_states, d_written, p.offsets,
+        chunks.strengths, written, d_out, d_state, d_initial, dv, d_states, d_written, d_strengths, p.offsets,
         *d_out.stride()[:3], *dv.stride()[:3], *p.strides_of(d_state), *p.strides_of(d_initial), p.T,
         config=config._replace(constants={**config.constants, **constants}),
     )  # fmt: skip
@@ -252,9 +274,9 @@ def chunk_kda_backward(
     config = kernels.gradient_config(p.K, p.V, p.wide)
     _triton.launch(
         kernels.gradient_kernel, (chunks.slots, p.HV), v,
-        *p.inputs(), d_out, states, d_states, written, d_written, chunks.strengths,
+        *p.inputs(), d_out, states, d_states, written, d_written, chunks.strengths, d_strengths,
         dq_hat, dk_hat, dq, dk, dg, dbeta, d_rate, d_bias,
-        *p.input_strides(), *d_out.stride()[:3], p.T, p.N, p.groups, chunks.KP, p.V, *p.numbers(),
+        *p.input_strides(), *d_out.stride()[:3], p.T, p.N, p.groups, chunks.KP, p.V, blocks, *p.numbers(),
         config=config._replace(constants={**config.constants, **p.input_constants()}),
     )  # fmt: skip
     if p.groups > 1:

@@ -290,7 +290,7 @@ def scan_kernel(
     SEGMENTED: starts [N * HV, segments, KP, V] float32 has the state before each segment.
     BOUNDARIES: also the state after every interval-th token, a multiple of BT; `chunk_kda_states` says where.
     To KEEP for gradients, in place of outputs: states [slots, HV, KP, V] before each chunk, and what it writes to
-    them without the factor beta, written [slots, HV, BT, V].
+    them without the factor beta, written [slots, HV, BT, V] float32.
     """
     n = (tl.program_id(1) // HV).to(tl.int64)
     head = (tl.program_id(1) % HV).to(tl.int64)
@@ -340,9 +340,7 @@ def scan_kernel(
         if KEEP:
             in_value = (column < V)[None, :]
             tl.store(states + place * KP * V + c[:, None] * V + column[None, :], old, mask=in_value)
-            tl.store(
-                written + place * BT * V + row[:, None] * V + column[None, :], u.to(dtype), mask=in_value
-            )
+            tl.store(written + place * BT * V + row[:, None] * V + column[None, :], u, mask=in_value)
             u *= tl.load(strengths + place * BT + row)[:, None]
         u = u.to(dtype)
         if not KEEP:
@@ -461,8 +459,8 @@ def merge_kernel(
 
 @triton.jit
 def scan_back_kernel(
-    read_key, query, write_key, decay, solve_back, attend, strengths, d_out, d_final, d_initial,
-    dv, d_states, d_written, cu_seqlens,
+    read_key, query, write_key, decay, solve_back, attend, strengths, written, d_out, d_final, d_initial,
+    dv, d_states, d_written, d_strengths, cu_seqlens,
     d_out_stride_b, d_out_stride_t, d_out_stride_h, dv_stride_b, dv_stride_t, dv_stride_h,
     d_final_stride_n, d_final_stride_h, d_final_stride_k, d_final_stride_v,
     d_initial_stride_n, d_initial_stride_h, d_initial_stride_k, d_initial_stride_v,
@@ -473,7 +471,8 @@ def scan_back_kernel(
     """The gradient of the state from the last chunk to the first, BV columns of it; grid (V / BV, N * HV).
 
     d_states [slots, HV, KP, V]: gradient of the state behind each chunk. d_written [slots, HV, BT, V]: gradient of what
-    the chunk writes, through all that it reaches; times beta it is dv.
+    the chunk writes, through all that it reaches; times beta it is dv, times what is written a term of beta's
+    gradient: d_strengths [slots, HV, V / BV, BT] float32. That is formed here, where the first is not yet rounded.
     """
     n = (tl.program_id(1) // HV).to(tl.int64)
     head = (tl.program_id(1) % HV).to(tl.int64)
@@ -504,7 +503,10 @@ def scan_back_kernel(
         du = tl.dot(tl.trans(tl.load(attend + square)), do, input_precision=PRECISION)
         du += tl.dot(tl.load(write_key + tile), behind, input_precision=PRECISION)
         dw = tl.dot(tl.trans(tl.load(solve_back + square)), du.to(dtype), input_precision=PRECISION)
-        tl.store(d_written + place * BT * V + row[:, None] * V + column[None, :], dw.to(dtype), mask=in_value)
+        at = place * BT * V + row[:, None] * V + column[None, :]
+        tl.store(d_written + at, dw.to(dtype), mask=in_value)
+        term = tl.sum(dw * tl.load(written + at, mask=in_value, other=0.0), axis=1)
+        tl.store(d_strengths + (place * tl.num_programs(0) + tl.program_id(0)) * BT + row, term)
         dx = dw * tl.load(strengths + place * BT + row)[:, None]
         tl.store(dv_head + token[:, None] * dv_stride_t, dx.to(dv.dtype.element_ty), mask=inside)
         d_state *= tl.exp2(tl.load(decay + place * KP + c))[:, None]
@@ -518,12 +520,12 @@ def scan_back_kernel(
 
 @triton.jit
 def gradient_kernel(
-    q, k, g, beta, A_log, dt_bias, cu_seqlens, d_out, states, d_states, written, d_written, strengths,
+    q, k, g, beta, A_log, dt_bias, cu_seqlens, d_out, states, d_states, written, d_written, strengths, d_strengths,
     dq_hat, dk_hat, dq, dk, dg, dbeta, d_rate, d_bias,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
     d_out_stride_b, d_out_stride_t, d_out_stride_h,
-    T, N, groups, width, value_width, scale, lower_bound, beta_scale,
+    T, N, groups, width, value_width, strength_terms, scale, lower_bound, beta_scale,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     BT: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr, HAS_RATE: tl.constexpr, HAS_BIAS: tl.constexpr,
     L2NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -564,7 +566,7 @@ def gradient_kernel(
     if L2NORM:
         q_norm, k_norm = _norms(q_row, k_row, live, width, K, BT, BK)
 
-    # Gradients of the two triangular matrices; of beta on the diagonal of one.
+    # Gradients of the two triangular matrices.
     strength = tl.load(strengths + place * BT + row)
     dP = tl.zeros([BT, BT], tl.float32)
     dA = tl.zeros([BT, BT], tl.float32)
@@ -572,12 +574,16 @@ def gradient_kernel(
     for block in tl.range(0, value_width, BV):
         b = block + tl.arange(0, BV)
         in_block = (b < V)[None, :]
-        w = tl.trans(tl.load(written + value_tile + b[None, :], mask=in_block, other=0.0))
+        w = tl.load(written + value_tile + b[None, :], mask=in_block, other=0.0)
+        w = tl.trans(w.to(d_out.dtype.element_ty))
         do = tl.load(d_out_row[:, None] + b[None, :], mask=live[:, None] & in_block, other=0.0)
         dP += tl.dot(do, w, input_precision=PRECISION)
         dw = tl.load(d_written + value_tile + b[None, :], mask=in_block, other=0.0)
         dA += tl.dot(dw, w, input_precision=PRECISION)
-    d_strength = tl.sum(tl.where(row[:, None] == column, dA, 0.0), axis=1) * beta_scale
+    d_strength = tl.zeros([BT], tl.float32)
+    for term in tl.range(0, strength_terms):
+        d_strength += tl.load(d_strengths + (place * strength_terms + term) * BT + row)
+    d_strength *= beta_scale
     if SIGMOID:
         at = beta + batch * beta_stride_b + token * beta_stride_t + head.to(tl.int64) * beta_stride_h
         sigmoid = tl.sigmoid(tl.load(at, mask=live, other=0.0).to(tl.float32))
@@ -616,7 +622,7 @@ def gradient_kernel(
             through += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
             do = tl.load(d_out_row[:, None] + b[None, :], mask=live[:, None] & in_block, other=0.0)
             dw = tl.load(d_written + value_tile + b[None, :], mask=in_block, other=0.0)
-            w = tl.load(written + value_tile + b[None, :], mask=in_block, other=0.0)
+            w = tl.load(written + value_tile + b[None, :], mask=in_block, other=0.0).to(do.dtype)
             d_read_query += tl.dot(do, tl.trans(S), input_precision=PRECISION)
             d_read_key -= tl.dot(dw, tl.trans(S), input_precision=PRECISION)
             d_write_key += tl.dot(w, tl.trans(dS), input_precision=PRECISION)
@@ -870,7 +876,7 @@ def aot_variants() -> list[Variant]:
             **floats,
             **integer_types("T", "N", "groups", "width"),
         }
-        scan = {**pairs, **ends, **dict.fromkeys(("states", "written"), x), "cu_seqlens": "*i32"}
+        scan = {**pairs, **ends, "states": x, "written": "*fp32", "cu_seqlens": "*i32"}
         scan |= {"state_indices": "*i32", "resumed": "*u8", "starts": "*fp32", "carries": "*fp32"}
         scan |= {**state_types("boundaries"), **integer_types("pool_slots", "interval", "segments", "width")}
         whole = {**common, "LEAST": 8, "HAS_INITIAL": True, "POOLED": False, "SEGMENTED": False, "BOUNDARIES": False}
@@ -894,10 +900,11 @@ def aot_variants() -> list[Variant]:
             **dict.fromkeys(("d_out", "dv", "d_states", "d_written"), x),
             **stride_types(d_out="bth", dv="bth"),
         }
+        grads |= {"written": "*fp32", "d_strengths": "*fp32", "strength_terms": "i32"}
         back = {**pairs, **grads, **state_types("d_initial", "d_final"), "cu_seqlens": "*i32", "T": "i32"}
         constants = {**common, "HAS_INITIAL": True}
         add("kda_scan_back", scan_back_kernel, back, scan_back_config(K, V, wide), constants, backward=True)
-        back = {**chunks, **grads, **dict.fromkeys(("states", "written", "dq", "dk", "dg", "dbeta"), x)}
+        back = {**chunks, **grads, **dict.fromkeys(("states", "dq", "dk", "dg", "dbeta"), x)}
         back |= {**dict.fromkeys(("dq_hat", "dk_hat", "d_rate", "d_bias"), "*fp32"), "value_width": "i32"}
         for kind, constant in (("", GATE_LOWER_BOUND), ("_softplus", GATE_SOFTPLUS)):
             constants = {**common, **gate, "GATE": constant}

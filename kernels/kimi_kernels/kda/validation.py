@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Kimi K3, section 2.1: the published bound; beyond it a tile of 16 tokens leaves the range of bf16.
 LOWEST_BOUND = -5.0
+STATE_STEP = 64  # the largest chunk of the backends
 
 
 def check_lower_bound(lower_bound: float | None) -> None:
@@ -105,6 +106,19 @@ def check_kda(
         check_gate(g, A_log, dt_bias, lower_bound)
     elif A_log is not None or dt_bias is not None or lower_bound is not None:
         raise ValueError("A_log, dt_bias and lower_bound belong to the gate: pass use_gate_in_kernel=True")
+
+
+def check_interval(interval: int, *inputs: Tensor | None) -> None:
+    if interval < 1 or interval % STATE_STEP:
+        raise ValueError(
+            f"state_interval must be a positive multiple of {STATE_STEP}, got {interval}: "
+            "states are known between the chunks that a sequence is computed in"
+        )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError(
+            "chunk_kda_states has no gradients: call it under torch.no_grad() or torch.inference_mode(), "
+            "or chunk_kda for training"
+        )
 
 
 def check_layer(
