@@ -37,8 +37,10 @@ def chunk_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule over whole sequences, in tiles of matrix products (Kimi Linear, section 3.1). Differentiable.
 
-    Any strides; arithmetic in float32 (float64 when an input is). An output depends on its own and earlier tokens
-    only, to the bit, and not on what else is in the batch.
+    Any strides; arithmetic in float32 (float64 when an input is). Deterministic. An output depends on its own and
+    earlier tokens only, to the bit. It does not depend on what else is in the batch either, with one exception: on a
+    GPU, with few heads and long sequences, the scan over a sequence is split as the batch leaves room, which moves last
+    bits. KIMI_KERNELS_BATCH_INVARIANT=1 in the environment rules that out; gradients and `kda_decode` are never split.
 
     Args:
         q, k: [B, T, H, K]. The recurrence needs |k| <= 1: normalised by the caller, or with `use_qk_l2norm_in_kernel`.
@@ -63,7 +65,9 @@ def chunk_kda(
         (o [B, T, HV, V] in v's dtype, final state like `initial_state` or None).
 
     Raises:
-        ValueError: a shape, dtype or range does not fit; the message names the argument.
+        ValueError: a device, shape, dtype or range does not fit; the message names the argument. The values of g and of
+            `cu_seqlens` are checked on the CPU only, as reading them from a GPU would wait for it: there wrong offsets
+            give wrong results but touch no memory outside of the inputs, and a positive g may overflow.
     """
     check_kda(
         q,

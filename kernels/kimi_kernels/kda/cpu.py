@@ -109,12 +109,7 @@ def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, optio
     return _forward("kda_forward", v, call, options)
 
 
-def _states_refuse(*args) -> str | None:
-    *tensors, _interval, options = args
-    return _refuses(*tensors, options)
-
-
-@dispatch.register("chunk_kda_states", "cpu", _states_refuse)
+@dispatch.register("chunk_kda_states", "cpu", lambda *args: _refuses(*args[:-2] + args[-1:]))
 def chunk_kda_states(*args):
     return by_interval(chunk_kda, *args)
 

@@ -101,7 +101,8 @@ def kda_prefill(
 ) -> Tensor:
     """Short convolution, SiLU, L2 norm, gate, delta rule and gated RMSNorm over packed sequences (Kimi Linear, §4).
 
-    `conv_state` and `state` are updated in place; there are no gradients.
+    `conv_state` and `state` are updated in place; there are no gradients. Last bits may depend on the batch as those of
+    `chunk_kda` may.
 
     Args:
         qkv: [T, 2*H*K + HV*V], the packed q, k and v projections before the convolution; rows of any stride.
@@ -128,7 +129,9 @@ def kda_prefill(
         [T, HV*V] in qkv's dtype.
 
     Raises:
-        ValueError: a shape, dtype, offset or slot does not fit; the message names it.
+        ValueError: a device, shape, dtype, stride, offset or slot does not fit; the message names it. The values of
+            offsets and slots are checked on the CPU only, as reading them from a GPU would wait for it: there a
+            sequence that names no slot of the pool is skipped, and wrong offsets touch no memory outside of the inputs.
     """
     check_layer(
         qkv, g, beta, gate, conv_weight, conv_state, state, state_indices, A_log, dt_bias, norm_weight,

@@ -47,7 +47,7 @@ def kda_prefill(
     slots, value_heads, V, K = state.shape
     tokens, channels = qkv.shape
     count, heads, W = state_indices.shape[0], options.num_heads, conv_weight.shape[1]
-    if not qkv.is_cuda:
+    if qkv.device.type == "cpu":
         check_sequences(cu_seqlens.tolist(), state_indices.view(-1, 1).tolist(), None, slots, tokens)
     if count == 0:
         out.zero_()
@@ -96,7 +96,7 @@ def kda_decode(
     slots, value_heads, V, K = state.shape
     columns = 1 if state_indices.dim() == 1 else state_indices.shape[1]
     count = state_indices.shape[0]
-    if not qkv.is_cuda:
+    if qkv.device.type == "cpu":
         bounds = list(range(count + 1)) if cu_seqlens is None else cu_seqlens.tolist()
         accepted = None if num_accepted_tokens is None else num_accepted_tokens.tolist()
         check_sequences(bounds, state_indices.view(count, -1).tolist(), accepted, slots, len(qkv))

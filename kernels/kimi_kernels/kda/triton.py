@@ -214,12 +214,7 @@ def chunk_kda(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, optio
     return out, final
 
 
-def _states_refuse(*args) -> str | None:
-    *tensors, _interval, options = args
-    return _refuses(*tensors, options)
-
-
-@dispatch.register("chunk_kda_states", "triton", _states_refuse)
+@dispatch.register("chunk_kda_states", "triton", lambda *args: _refuses(*args[:-2] + args[-1:]))
 def chunk_kda_states(
     q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, interval: int, options: Options
 ):  # fmt: skip

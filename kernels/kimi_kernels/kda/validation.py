@@ -40,15 +40,35 @@ def check_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bo
     check_lower_bound(lower_bound)
 
 
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on {device} as the other inputs are, got {x.device}: move it there")
+
+
+def check_floats(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} must have a floating-point dtype, got {x.dtype}: convert it")
+
+
+def check_log_decay(g: Tensor) -> None:
+    if g.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # as for the values of offsets
+    if bool((g > 0).any()):
+        raise ValueError(
+            f"g must be <= 0, got {g.max().item():.3g}: pass natural-log decays, "
+            "or with use_gate_in_kernel=True the gate's input"
+        )
+
+
 def check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens must have shape [N+1], got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if torch.compiler.is_compiling():
-        return  # values are not known while tracing
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # nor may they be read while a graph is captured
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # to read values is to wait for the device, and impossible while tracing or capturing a graph
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}: pass offsets of the packed batch")
@@ -80,6 +100,11 @@ def check_kda(
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_devices(
+        q.device, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    check_floats(q=q, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias)
     batch, tokens, heads, width = k.shape
     value_heads, value_width = v.shape[2:]
     check_shape("q", q, tuple(k.shape), "k's shape")
@@ -106,6 +131,8 @@ def check_kda(
         check_gate(g, A_log, dt_bias, lower_bound)
     elif A_log is not None or dt_bias is not None or lower_bound is not None:
         raise ValueError("A_log, dt_bias and lower_bound belong to the gate: pass use_gate_in_kernel=True")
+    else:
+        check_log_decay(g)
 
 
 def check_interval(interval: int, *inputs: Tensor | None) -> None:
@@ -141,9 +168,14 @@ def check_layer(
     lower_bound: float | None,
     out: Tensor | None,
 ) -> None:
-    """Shapes and dtypes of a serving call. Offsets and slots are checked where they are read."""
+    """Devices, shapes and dtypes of a serving call. Offsets and slots are checked where they are read: on the CPU."""
     if qkv.dim() != 2:
         raise ValueError(f"qkv must have shape [T, 2*H*K + HV*V], got {tuple(qkv.shape)}")
+    check_devices(
+        qkv.device, g=g, beta=beta, gate=gate, conv_weight=conv_weight, conv_state=conv_state, state=state,
+        state_indices=state_indices, A_log=A_log, dt_bias=dt_bias, norm_weight=norm_weight, cu_seqlens=cu_seqlens,
+        has_initial_state=has_initial_state, num_accepted_tokens=num_accepted_tokens, out=out,
+    )  # fmt: skip
     tokens, channels = qkv.shape
     check_pools(conv_weight, conv_state, state, A_log, dt_bias, norm_weight, num_heads, head_dim, lower_bound)
     check_rows(tokens, conv_weight, conv_state, state_indices, cu_seqlens, num_accepted_tokens)
@@ -159,10 +191,13 @@ def check_layer(
     if has_initial_state is not None and has_initial_state.shape != state_indices.shape[:1]:
         check_shape("has_initial_state", has_initial_state, (state_indices.shape[0],), "[N]")
     if out is not None and (
-        out.shape != (tokens, value_heads * value_width) or out.dtype != qkv.dtype or out.stride(1) != 1
+        out.shape != (tokens, value_heads * value_width)
+        or out.dtype != qkv.dtype
+        or out.stride(1) != 1
+        or (tokens > 1 and out.stride(0) < out.shape[1])
     ):
         raise ValueError(
-            f"out must be {qkv.dtype} {(tokens, value_heads * value_width)} with contiguous rows, "
+            f"out must be {qkv.dtype} {(tokens, value_heads * value_width)} with contiguous rows of their own, "
             f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
         )
 
@@ -197,6 +232,11 @@ def check_pools(
         raise ValueError(
             f"conv_state has {conv_state.shape[0]} slots, state has {state.shape[0]}: pass one pool"
         )
+    for name, x in (("conv_state", conv_state), ("state", state)):
+        if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape)):
+            raise ValueError(
+                f"{name} must have memory for every element, got strides {x.stride()}: it is written, so not expanded"
+            )
     if A_log.numel() != value_heads:
         raise ValueError(f"A_log must have {value_heads} elements = [HV], got shape {tuple(A_log.shape)}")
     if dt_bias is not None and dt_bias.numel() != value_heads * width:
@@ -216,7 +256,14 @@ def check_rows(
     cu_seqlens: Tensor | None,
     num_accepted_tokens: Tensor | None,
 ) -> None:
-    """Shapes of what tells the sequences of one call apart."""
+    """Shapes and dtypes of what tells the sequences of one call apart."""
+    for name, x in (
+        ("state_indices", state_indices),
+        ("cu_seqlens", cu_seqlens),
+        ("num_accepted_tokens", num_accepted_tokens),
+    ):
+        if x is not None and x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
     entries = conv_weight.shape[1] - 1
     if num_accepted_tokens is not None:
         if state_indices.dim() != 2 or cu_seqlens is None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kimi_kernels import BackendError, chunk_kda, fused_recurrent_kda, kda_decode, kda_gate, kda_prefill
+from kimi_kernels.kda.validation import check_kda
 
 
 @pytest.mark.parametrize("rule", [chunk_kda, fused_recurrent_kda])
@@ -44,6 +45,13 @@ from kimi_kernels import BackendError, chunk_kda, fused_recurrent_kda, kda_decod
         ),
         ({"use_gate_in_kernel": True, "lower_bound": -6.0}, r"lower_bound must be in \[-5, 0\), got -6.0"),
         ({"use_gate_in_kernel": True, "lower_bound": 0.0}, r"lower_bound must be in \[-5, 0\), got 0.0"),
+        ({"g": torch.full((1, 10, 4, 8), 0.25)}, "g must be <= 0, got 0.25: pass natural-log decays"),
+        ({"g": torch.zeros(1, 10, 4, 8, dtype=torch.int64)}, "g must have a floating-point dtype, got torch.int64"),
+        ({"beta": torch.zeros(1, 10, 4, dtype=torch.int32)}, "beta must have a floating-point dtype"),
+        ({"k": torch.zeros(1, 10, 2, 8, device="meta")}, "k must be on cpu as the other inputs are, got meta"),
+        ({"initial_state": torch.zeros(1, 4, 8, 6, device="meta")}, "initial_state must be on cpu .* got meta"),
+        ({"cu_seqlens": torch.zeros(2, dtype=torch.int64, device="meta")}, "cu_seqlens must be on cpu .* got meta"),
+        ({"use_gate_in_kernel": True, "A_log": torch.zeros(4, device="meta")}, "A_log must be on cpu .* got meta"),
         ({"A_log": torch.zeros(4)}, "pass use_gate_in_kernel=True"),
     ],
 )
@@ -122,6 +130,15 @@ PACKED = {"cu_seqlens": torch.tensor([0, 5, 6]), "has_initial_state": torch.tens
         ({"norm_weight": torch.zeros(8)}, r"norm_weight must have shape \(16,\)"),
         ({"lower_bound": -7.0}, "lower_bound must be in"),
         ({"out": torch.zeros(6, 31)}, "out must be torch.float32"),
+        ({"out": torch.zeros(1, 32).expand(6, 32)}, "out must be .* with contiguous rows of their own"),
+        ({"out": torch.zeros(6, 64)[:, ::2]}, "out must be .* with contiguous rows of their own"),
+        ({"state": torch.zeros(1, 2, 16, 16).expand(3, 2, 16, 16)}, "state must have memory for every element"),
+        ({"conv_state": torch.zeros(3, 1, 96).expand(3, 3, 96)}, "conv_state must have memory for every element"),
+        ({"state_indices": torch.tensor([2.0, 0.0])}, "state_indices must be int32 or int64, got torch.float32"),
+        *[
+            ({name: torch.zeros(3, 2, 16, 16, device="meta")}, f"{name} must be on cpu .* got meta: move it there")
+            for name in ("g", "gate", "state", "state_indices", "A_log", "norm_weight")
+        ],
         ({"state_indices": torch.tensor([2, 3])}, r"index outside \[-1, 3\) for sequence 1"),
         ({"state_indices": torch.tensor([-2, 0])}, r"index outside \[-1, 3\) for sequence 0"),
     ],
@@ -167,3 +184,13 @@ def test_speculation(native, backend, name):
     ]:
         with pytest.raises(ValueError, match=message):
             kda_decode(**layer(**{**good, **change}))
+
+
+@pytest.mark.parametrize("rule", [chunk_kda, fused_recurrent_kda])
+def test_positive_gates_are_inputs_of_the_gate(rule):
+    """What is no log decay may have any sign; NaN and values on other devices are not looked for."""
+    x = torch.ones(1, 3, 1, 8)
+    rule(x, x, x, x, x[..., 0], use_gate_in_kernel=True, lower_bound=-1.0)
+    meta = torch.ones(1, 3, 1, 8, device="meta")
+    offsets = torch.ones(2, device="meta").int()
+    check_kda(meta, meta, meta, meta, meta[..., 0], None, offsets, False, None, None, None, False)
