@@ -147,7 +147,7 @@ def aot_variants() -> list[Variant]:
             types = {**common, "q": x, "k": x}
             signature: dict[str, Any] = {name: types[name] for name in max_logit_kernel.arg_names if name in types}
             kind = config(D, x == "*fp32")
-            more = {"NEGATIVE": False, "CAUSAL": causal, "PACKED": causal, "GATED": causal}
+            more = {"NEGATIVE": not causal, "CAUSAL": causal, "PACKED": causal, "GATED": causal}
             kind = kind._replace(constants={**kind.constants, **more})
             variants.append(Variant("max_logit", max_logit_kernel, signature, kind))
     return variants

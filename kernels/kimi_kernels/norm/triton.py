@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _triton, dispatch
 
-MAX_WIDTH = 16384  # a row stays in registers
+MAX_WIDTH = 8192  # a row stays in registers
 
 
 def _refuses(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -> str | None:

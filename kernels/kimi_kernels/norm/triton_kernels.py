@@ -82,7 +82,7 @@ def aot_variants() -> list[Variant]:
     variants = []
     strides = {f"{name}_stride_{axis}": "i32" for name in ("dy", "x", "gate") for axis in "ab"}
     common = {**strides, "count": "i32", "heads": "i32", "eps": "fp32", "dweights": "*fp32"}
-    for D, kind in ((128, "*bf16"), (128, "*fp32"), (16384, "*bf16")):
+    for D, kind in ((128, "*bf16"), (128, "*fp32"), (8192, "*bf16")):
         types = {**common, **dict.fromkeys(("dy", "x", "gate", "weight", "out", "dx", "dgate"), kind)}
         for silu in (False, True):
             chosen = config(D)

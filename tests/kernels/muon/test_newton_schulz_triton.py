@@ -258,9 +258,11 @@ def test_library_products_only_where_every_matrix_of_a_batch_is_aligned(large, m
 
 @pytest.mark.slow
 def test_a_matrix_of_2048_rows():
-    x = torch.randn(2048, 2080)
+    x, (a, b, c) = torch.randn(2048, 2080), COEFFICIENTS["moonlight"][0]
     found = schulz(x, 1, dtype=torch.bfloat16)
-    assert error(found, exact(x, 1)) < ERROR[torch.bfloat16]
+    u = x.double() / x.double().norm()
+    gram = u @ u.mT
+    assert error(found, a * u + (b * gram + c * gram @ gram) @ u) < ERROR[torch.bfloat16]
 
 
 def test_strided_and_transposed_inputs():
