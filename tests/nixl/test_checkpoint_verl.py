@@ -74,6 +74,6 @@ def test_a_rollout_server_gets_the_trainers_weights(
     assert len(samples) == steps and all(len(step) >= PROMPTS for step in samples)
     sent = [float(x) for x in re.findall(r"checkpoint_engine/bytes:([0-9.e+]+)", log)]
     assert sent and min(sent) > 4 * PARAMETERS, log[-3000:]  # float32, and the tables of the buckets
-    # The trainer computes in bfloat16. Of tokens sampled by other weights the probabilities would have little in common.
+    # The trainer computes in bfloat16. Other weights would give these tokens probabilities with little in common.
     alike = [float(x) for x in re.findall(r"rollout_actor_probs_pearson_corr:([0-9.e-]+)", log)]
     assert len(alike) == steps and min(alike) > 0.99, alike
