@@ -117,13 +117,12 @@ def mix_kernel(
 
     shares = ()
     carried_shares = ()
+    totals = ()
     for s in tl.static_range(SB):
         logit = tl.where(tl.arange(0, NP) < N, tl.sum(dots[s], axis=1) * factor, float("-inf"))
-        place = (first + s) * rows + row
         most = tl.max(logit, axis=0)
-        before = float("-inf")
         if CARRY:
-            before = tl.load(carried_lse + place, mask=first + s < count, other=0.0)
+            before = tl.load(carried_lse + (first + s) * rows + row, mask=first + s < count, other=0.0)
             most = tl.maximum(most, before)
         share = tl.exp(logit - most)
         total = tl.sum(share, axis=0)
@@ -132,7 +131,7 @@ def mix_kernel(
             carried_shares += (tl.exp(before - most) / total,)
         else:
             carried_shares += (0.0,)
-        tl.store(lse + place, most + tl.log(total), mask=first + s < count)
+        totals += (most + tl.log(total),)
         shares += (share / total,)
 
     TILES: tl.constexpr = (D + BD - 1) // BD
@@ -164,6 +163,9 @@ def mix_kernel(
             if HAS_GAIN:
                 y = y * factors[s] * _columns(gain, c, D)
             tl.store(out + place + c, y.to(out.dtype.element_ty), mask=(c < D) & (first + s < count))
+    # Last: behind a store, what was read before would be read again.
+    for s in tl.static_range(SB):
+        tl.store(lse + (first + s) * rows + row, totals[s], mask=first + s < count)
 
 
 @triton.jit
@@ -496,13 +498,13 @@ def queries_of_program(sources: int, count: int, most: int = MAX_QUERIES) -> int
 def mix_config(sources: int, count: int, width: int, size: int) -> Config:
     """`size`: bytes of an element. Nothing here depends on the number of rows: a row has one result.
 
-    One tile for all of a row, if it fits: then the compiler reads it once. Otherwise tiles of 16 bytes a thread.
+    One tile for all of a row where a thread's share of it, in float32, leaves room in the registers for the rest: then
+    the compiler reads it once. Otherwise tiles of 16 bytes a thread.
     """
     SB, NP, DP = queries_of_program(sources, count), power_of_two(sources, 1), power_of_two(width, 32)
     V = _vector(size, DP)
     warps = max(1, min(16, DP // (32 * V)))
-    held = {1: 256 if size == 2 else 128, 2: 128}.get(SB, 64)  # bytes of a thread
-    if NP * DP * size <= 32 * warps * held:
+    if NP * DP // (32 * warps) <= (64 if SB <= 2 else 16):
         BD = DP
     else:
         warps = min(warps, 8 if SB <= 2 else 4)
