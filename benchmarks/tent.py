@@ -11,7 +11,8 @@ as failed, the others go on, and the exit status is 1.
   a packet are payload. UCX gets no turn where a link is dead: it neither finishes nor fails there, and an endpoint that
   saw a link die stays disconnected after the link is back.
 - Latency: WRITEs of 8 MiB one after the other, and of 64 KiB and 8 MiB while a large one is always under way.
-- One host: WRITE of 1 GiB between two processes, against a copy inside one; 64 bytes and 256 x 64 bytes, per call.
+- One host: WRITE of 1 GiB between two processes, against a copy inside one; 64 bytes and 256 x 64 bytes, per call;
+  and what posting 64 bytes and one look at them cost the caller, without the waiting.
 
 Mooncake's TCP has one link, the first, which no case breaks. Its wheel is in no environment of this project, because it
 needs libraries for RDMA; where it is absent, the run says so and goes on without it:
@@ -360,6 +361,7 @@ def one_host(sizes: Sizes) -> dict[str, Any]:
     large: dict[str, list[float]] = {name: [] for name in names}
     small: dict[str, list[float]] = {name: [] for name in names}
     many: dict[str, list[float]] = {name: [] for name in names}
+    costs: dict[str, list[float]] = {name: [] for name in names if name != MOONCAKE}
     with engines_of(names, None, 1, {LARGE: sizes.host, "64 B": 64}) as engines:
         for engine in engines:
             sides = [host.buffer(name="m", size=256 * 128) for host in (engine.a, engine.b)]
@@ -375,6 +377,9 @@ def one_host(sizes: Sizes) -> dict[str, Any]:
                 small[engine.name].append(statistics.median(calls))
                 calls = engine.a.latencies(handle=engine.handles["many"], count=sizes.calls // 10)
                 many[engine.name].append(statistics.median(calls))
+                if engine.name in costs:
+                    calls = engine.a.call_costs(handle=engine.handles["64 B"], count=sizes.calls // 10)
+                    costs[engine.name].append(statistics.median(calls))
     rates = [sizes.host / value for value in large["spray"]]
     floor = min(GOAL_HOST, sizes.host / copy)
     ratios = [
@@ -386,6 +391,7 @@ def one_host(sizes: Sizes) -> dict[str, Any]:
             if name == MOONCAKE
         ),
         paired_ratio("64 B: spray's time to UCX's", small["spray"], small["ucx"], GOAL_PEER, "lower"),
+        paired_ratio("64 B: spray's calls to UCX's", costs["spray"], costs["ucx"], GOAL_PEER, "lower"),
         paired_ratio("256 x 64 B: spray's time to UCX's", many["spray"], many["ucx"], GOAL_PEER, "lower"),
     ]
 
@@ -397,9 +403,10 @@ def one_host(sizes: Sizes) -> dict[str, Any]:
             large, lambda value: f"{sizes.host / value / 1e9:.2f}"
         ),
         "64 B, us": row(small, lambda value: f"{value * 1e6:.1f}"),
+        "64 B, post and one look, us": row(costs, lambda value: f"{value * 1e6:.1f}"),
         "256 x 64 B, us": row(many, lambda value: f"{value * 1e6:.0f}"),
     }
-    return {"seconds": {"large": large, "64 B": small, "256 x 64 B": many}, "copy": copy, "rows": rows,
+    return {"seconds": {"large": large, "64 B": small, "256 x 64 B": many, "calls": costs}, "copy": copy, "rows": rows,
             "ratios": ratios}  # fmt: skip
 
 

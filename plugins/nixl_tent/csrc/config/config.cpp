@@ -95,6 +95,7 @@ const std::vector<Option>& options() {
       numeric("reconnect_s", "10", &Config::reconnect_s, 0.1, 3600),
       numeric("progress_s", "120", &Config::progress_s, 0.1, 86400),
       numeric("promote_ms", "10", &Config::promote_ms, 0.1, 60000),
+      numeric("spin_us", "0", &Config::spin_us, 0, 10000),
       {"ucx", "auto",
        [](Config& c, const std::string& v) {
          if (v == "auto") c.ucx = Ucx::automatic;

@@ -34,6 +34,7 @@ struct Config {
   double promote_ms = 10.0;         // a waiting transfer of lower priority gets a slice after this long
   Ucx ucx = Ucx::automatic;         // host NIXL's UCX backend
   FileMethod file_io = FileMethod::automatic;
+  double spin_us = 0;               // the thread looks again for so long after something happened, before it sleeps
   bool metrics = true;              // serve a snapshot on a socket in run_dir
   std::string run_dir;              // default: $XDG_RUNTIME_DIR/kimi-tent or /tmp/kimi-tent-<uid>
 };

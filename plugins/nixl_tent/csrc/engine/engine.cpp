@@ -6,6 +6,7 @@
 #include <sys/timerfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <chrono>
@@ -21,6 +22,7 @@ namespace {
 
 constexpr double TICK = 2e-3;              // between two looks at busy links
 constexpr double LONGEST_LOOK = 5e-3;      // of a late look at a link, so much counts as silence
+constexpr uint64_t SMALL_TRANSFER = 64 << 10;   // bytes: whoever polls one reads its answers
 constexpr int HOSTED_LOOK_MS = 1;          // between two looks at what a hosted engine has under way
 constexpr double HOUSEKEEPING = 10.0;      // between two looks at sessions nobody uses
 constexpr double GOODBYE = 0.5;            // how long a closing engine waits for its notifications
@@ -58,6 +60,7 @@ Engine::Engine(Config config, std::string agent, Drive drive, std::unique_ptr<Ho
     : config_(std::move(config)),
       policy_{config_.mode == Mode::spray, static_cast<double>(config_.slice_min),
               static_cast<double>(config_.slice_max), config_.slice_ms * 1e-3, config_.queue_ms * 1e-3},
+      spin_(std::thread::hardware_concurrency() > 1 ? config_.spin_us * 1e-6 : 0),
       agent_(std::move(agent)),
       transports_(make_transports(config_)),
       epoll_(epoll_create1(EPOLL_CLOEXEC)),
@@ -142,8 +145,14 @@ void Engine::ready(Connection& connection, uint32_t events) {
 
 bool Engine::step(int timeout_ms) {
   std::array<epoll_event, 64> events;
+  // Not beside a caller who looks himself: two that spin are one too many where cores are few.
+  const bool awake = spin_ > 0 && timeout_ms < 0 && now() < awake_until_ && now() > helped_ + spin_;
+  if (awake) timeout_ms = 0;
   if (hosted_under_way_ > 0) timeout_ms = timeout_ms < 0 ? HOSTED_LOOK_MS : std::min(timeout_ms, HOSTED_LOOK_MS);
   const int count = epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
+  const auto of_a_peer = [](const epoll_event& event) { return event.data.u64 >= FIRST_LISTENER; };
+  if (std::any_of(events.begin(), events.begin() + std::max(count, 0), of_a_peer)) awake_until_ = now() + spin_;
+  else if (awake && count <= 0 && hosted_under_way_ == 0) return true;
   const std::lock_guard lock(mutex_);
   bool timer_fired = false;
   for (int i = 0; i < count; ++i) {
@@ -426,9 +435,19 @@ void Engine::release(Transfer& transfer) {
   }
 }
 
-void Engine::hurry() {
-  if (hosted_under_way_ == 0) return;
-  if (const std::unique_lock lock(mutex_, std::try_to_lock); lock.owns_lock()) poll_hosted(now());
+void Engine::hurry(const Transfer& transfer) {
+  const bool small = transfer.peer != nullptr && transfer.plan.total() <= SMALL_TRANSFER;
+  if (transfer.status != Status::running || (!small && hosted_under_way_ == 0)) return;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return;
+  const double at = now();
+  poll_hosted(at);
+  helped_ = at;
+  if (!small || transfer.peer->removed) return;
+  for (const auto& link : transfer.peer->links)
+    if (link->state == LinkState::up && link->connection != nullptr &&
+        (!link->in_flight.empty() || !transfer.peer->control.empty()))
+      ready(*link->connection, EPOLLIN);
 }
 
 bool Engine::notify(const std::string& agent, std::string message) {

@@ -58,8 +58,9 @@ class Engine {
   void post(Transfer& transfer, std::optional<std::string> notification);
   // After this the transfer's memory is not touched any more, finished or not.
   void release(Transfer& transfer);
-  // Looks at once whether the hosted engine is through with something, unless the engine is busy.
-  void hurry();
+  // Looks at once for a sign that the transfer is through, unless the engine is busy: whoever polls a small transfer
+  // need not wait for another thread to wake up.
+  void hurry(const Transfer& transfer);
 
   bool notify(const std::string& agent, std::string message);
   Notifications take_notifications();
@@ -155,6 +156,7 @@ class Engine {
 
   const Config config_;
   const SchedulePolicy policy_;
+  const double spin_;       // seconds
   const std::string agent_;
   ConnectionInfo info_;
   std::string key_;
@@ -168,6 +170,8 @@ class Engine {
   Fd epoll_, wakeup_, timer_;
   double armed_ = 0;        // when the timer fires, 0: not armed
   double tick_due_ = 0;
+  double awake_until_ = 0;  // the thread does not sleep before
+  std::atomic<double> helped_{0};   // when a caller last looked
 
   const std::unique_ptr<Hosted> hosted_;
   std::atomic<uint32_t> hosted_under_way_{0};

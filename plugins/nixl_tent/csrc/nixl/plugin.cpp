@@ -191,8 +191,9 @@ class Backend final : public nixl::Engine {
   }
 
   nixl::Result check(nixl::Request* handle) const override {
-    engine_.hurry();
-    return result_of(static_cast<Handle*>(handle)->transfer->status.load(std::memory_order_acquire));
+    const tent::Transfer& transfer = *static_cast<Handle*>(handle)->transfer;
+    engine_.hurry(transfer);
+    return result_of(transfer.status.load(std::memory_order_acquire));
   }
 
   nixl::Result release(nixl::Request* handle) const override {

@@ -147,7 +147,7 @@ struct Pair {
     while (transfer.status.load(std::memory_order_acquire) == tent::Status::running &&
            std::chrono::steady_clock::now() < end) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      a.engine.hurry();
+      a.engine.hurry(transfer);
     }
     return transfer.status;
   }
