@@ -101,6 +101,24 @@ def test_a_handle_can_be_posted_again(pair: tuple[AgentHost, AgentHost]) -> None
     assert b.notifications(count=5) == [["A", "again"]] * 5
 
 
+@pytest.mark.parametrize("spin_us", ["0", "200"])
+def test_small_transfers_in_a_row_by_a_caller_who_polls(spin_us: str) -> None:
+    """The caller reads the answers himself, beside the thread, which sleeps or looks again."""
+    options = {"spin_us": spin_us}
+    with AgentHost("A", options=options) as a, AgentHost("B", options=options) as b:
+        size = 5000
+        x, y = a.buffer(name="x", size=size, fill="random", seed=3), b.buffer(name="y", size=size)
+        introduce(a, b)
+        for op in ("WRITE", "READ"):
+            handle = a.prepare(op=op, local=[[x, size]], remote=[[y, size]], agent="B", notify=op)
+            taker, name = (b, "y") if op == "WRITE" else (a, "x")
+            taker.fill(name=name, seed=-1)
+            a.latencies(handle=handle, count=400)
+            assert a.crc(name="x") == b.crc(name="y")
+            assert b.notifications(count=400) == [["A", op]] * 400
+            a.release(handle=handle)
+
+
 def test_plain_notifications_arrive_in_order_and_once(pair: tuple[AgentHost, AgentHost]) -> None:
     a, b = pair
     for number in range(200):
