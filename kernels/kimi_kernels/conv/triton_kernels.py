@@ -184,7 +184,7 @@ def initial_gradient_kernel(
 
 def config(W: int) -> Config:
     """Of the kernels over tokens."""
-    return Config({"W": W, "BT": 32, "BD": 64}, 4, 1)
+    return Config({"W": W, "BT": 32, "BD": 64}, 8, 1)
 
 
 def state_config(W: int) -> Config:
