@@ -183,8 +183,8 @@ def prepare_kernel(
     With G the decay from the chunk's start: read_key = k G, query = scale q G, write_key = k (decay up to its end),
     each [slots, HV, BT, KP]; decay [slots, HV, KP] = log2 G of the last row;
     solve = (I + beta A)^-1 diag(beta), attend = scale tril(q k^T decayed), each [slots, HV, BT, BT].
-    To KEEP for gradients: solve = (I + A diag(beta))^-1 without the factor beta, solve_back = (I + beta A)^-1, and
-    strengths [slots, HV, BT] = beta.
+    To KEEP for gradients: solve = (I + A diag(beta))^-1 - I without the factor beta, solve_back = (I + beta A)^-1 - I,
+    and strengths [slots, HV, BT] = beta. Without the identity, whose product is not rounded then.
     """
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -253,9 +253,9 @@ def prepare_kernel(
     square = place * BT * BT + row[:, None] * BT + row[None, :]
     if KEEP:
         tl.store(strengths + place * BT + row, strength)
-        tl.store(solve + square, inverse.to(solve.dtype.element_ty))
+        below = tl.where(row[:, None] > row[None, :], inverse, 0.0)
+        tl.store(solve + square, below.to(solve.dtype.element_ty))
         other = -strength[:, None] * tl.dot(inverse, A, input_precision=PRECISION)
-        other += tl.where(row[:, None] == row[None, :], 1.0, 0.0)
         tl.store(solve_back + square, other.to(solve_back.dtype.element_ty))
     else:
         tl.store(solve + square, (strength[:, None] * inverse).to(solve.dtype.element_ty))
@@ -338,6 +338,7 @@ def scan_kernel(
         x -= tl.dot(tl.load(read_key + tile), old, input_precision=PRECISION)
         u = tl.dot(tl.load(solve + square), x.to(dtype), input_precision=PRECISION)
         if KEEP:
+            u += x
             in_value = (column < V)[None, :]
             tl.store(states + place * KP * V + c[:, None] * V + column[None, :], old, mask=in_value)
             tl.store(written + place * BT * V + row[:, None] * V + column[None, :], u, mask=in_value)
@@ -502,10 +503,10 @@ def scan_back_kernel(
         do = tl.load(d_out_head + token[:, None] * d_out_stride_t, mask=inside, other=0.0)
         du = tl.dot(tl.trans(tl.load(attend + square)), do, input_precision=PRECISION)
         du += tl.dot(tl.load(write_key + tile), behind, input_precision=PRECISION)
-        dw = tl.dot(tl.trans(tl.load(solve_back + square)), du.to(dtype), input_precision=PRECISION)
-        at = place * BT * V + row[:, None] * V + column[None, :]
-        tl.store(d_written + at, dw.to(dtype), mask=in_value)
-        term = tl.sum(dw * tl.load(written + at, mask=in_value, other=0.0), axis=1)
+        dw = du + tl.dot(tl.trans(tl.load(solve_back + square)), du.to(dtype), input_precision=PRECISION)
+        value_tile = place * BT * V + row[:, None] * V + column[None, :]
+        tl.store(d_written + value_tile, dw.to(dtype), mask=in_value)
+        term = tl.sum(dw * tl.load(written + value_tile, mask=in_value, other=0.0), axis=1)
         tl.store(d_strengths + (place * tl.num_programs(0) + tl.program_id(0)) * BT + row, term)
         dx = dw * tl.load(strengths + place * BT + row)[:, None]
         tl.store(dv_head + token[:, None] * dv_stride_t, dx.to(dv.dtype.element_ty), mask=inside)
