@@ -173,7 +173,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one host only, fewer weights: below a minute")
     parser.add_argument(
-        "--mib", type=int, help="MiB of weights; default 512, quick 128; over links a quarter of it"
+        "--mib", type=int, help="MiB of weights; default 512, quick 64; over links a quarter of it"
     )
     parser.add_argument(
         "--bucket", type=int, default=128, help="MiB of verl's update_weights_bucket_megabytes"
@@ -186,7 +186,7 @@ def main() -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    mib = arguments.mib or (128 if arguments.quick else 512)
+    mib = arguments.mib or (64 if arguments.quick else 512)
     repeats = arguments.repeats or (3 if arguments.quick else 7)
     cases = {"one host": one_host(mib, arguments.bucket, repeats)}
     if not arguments.quick:
