@@ -513,6 +513,8 @@ def mix_config(sources: int, count: int, width: int, size: int) -> Config:
 
 
 def score_config(sources: int, count: int, width: int, size: int, has_gain: bool) -> Config:
+    """Bound by registers: three sums of a query for every source with an output norm, hence two queries a program.
+    With two in float32 the assembler of Triton 3.9 spills 4 bytes to have a third program on a processor."""
     SB, DP = queries_of_program(sources, count, 2 if has_gain else MAX_QUERIES), power_of_two(width, 32)
     V = _vector(size, DP)
     warps = max(1, min(4, DP // (32 * V)))
