@@ -9,6 +9,13 @@ constexpr double QUANTUM = 128 << 10;         // bytes of a stream before the ne
 constexpr double IN_NETWORK = 1 << 20;        // bytes of a stream between the two hosts: over a port's round trip
 constexpr double QUEUE_SECONDS = 50e-6;       // before a receiving port; beyond it, senders wait for their turn
 
+// What a stream puts on the wire in its next turn; 0: it was closed meanwhile.
+double next_bytes(const Stream& stream) {
+  if (stream.sending == stream.loads.size()) return 0;
+  const Load& load = stream.loads[stream.sending];
+  return std::min(QUANTUM, load.bytes - load.sent);
+}
+
 }  // namespace
 
 Network::Network(Clock& clock, size_t nodes, size_t ports, double rate, double delay)
@@ -74,8 +81,8 @@ void Network::serve(Port& port) {
       continue;
     }
     stream.queued = stream.granted = false;
+    const double bytes = next_bytes(stream);
     Load& load = stream.loads[stream.sending];
-    const double bytes = std::min(QUANTUM, load.bytes - load.sent);
     load.sent += bytes;
     if (load.sent >= load.bytes) ++stream.sending;
     stream.in_network += bytes;
@@ -91,10 +98,10 @@ void Network::wake(Port& in) {
   Stream& stream = *in.waiting.front();
   in.waiting.pop_front();
   stream.granted = true;
-  // The next one may begin when this one's share will be through.
+  // The next one may begin when this one's share will be through: what is left of its slice may be less than a quantum.
   if (!in.waiting.empty()) {
     in.waking = true;
-    clock_.at(clock_.now() + QUANTUM / in.rate, [this, &in] { wake(in); });
+    clock_.at(clock_.now() + next_bytes(stream) / in.rate, [this, &in] { wake(in); });
   }
   stream.from->out.ready.push_front(&stream);
   serve(stream.from->out);
