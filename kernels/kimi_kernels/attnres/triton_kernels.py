@@ -7,11 +7,12 @@ Rows of D elements that a token moves, with n sources and S queries: n + S in `m
 with the update of the partial sum. Sub-layers in groups of G = S thus take n / G + 6 rows each, (n + G) / G for phase
 1 and 5 for the step, which replaces the residual addition and the norm as well; a pass over all sources in every
 sub-layer takes n + 4 with that addition. Where the sources of a row do not fit the registers, `mix_kernel` reads them
-again, last tile first, while the caches still hold them.
+again, last tile first, while the caches still hold them; so do the neighbouring programs of more than 4 queries.
 
 Gradients take no atomic additions. `score_kernel` makes what the softmax needs in one pass over the sources,
 `coefficient_kernel` turns that into factors, and `gradient_kernel` goes through groups of rows tile by tile and adds
-up the gradients of the queries in registers: 2 (n + S) rows read, n written. The merge has its own two.
+up the gradients of the queries in registers: 2 (n + S) rows read, n written. With an output norm the mixtures are made
+again first, in float32. The merge has its own two kernels.
 """
 
 # mypy: disable-error-code=assignment
