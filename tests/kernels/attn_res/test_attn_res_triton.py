@@ -303,6 +303,7 @@ def test_strided_sources(dtype):
     for a, b in zip(*grads):
         assert torch.equal(a, b)
     assert backend._rows(sources[0]).data_ptr() == sources[0].data_ptr()
+    assert backend._rows(shifted).data_ptr() % 16 == 0, "compiled kernels load 16 bytes at once"
 
 
 def test_offsets_beyond_32_bits():
