@@ -61,8 +61,8 @@ def gram_form_pays(rows: int, columns: int, steps: int) -> bool:
 
 def _on_matrix(u: Tensor, triples: list[Triple]) -> Tensor:
     for a, b, c in triples:
-        gram = _symmetric(u, u)
-        u = _product(_symmetric(gram, gram, base=gram, alpha=c, beta=b), u, base=u, beta=a)
+        gram = symmetric_product(u, u)
+        u = _product(symmetric_product(gram, gram, base=gram, alpha=c, beta=b), u, base=u, beta=a)
     return u
 
 
@@ -72,13 +72,13 @@ def _on_gram(u: Tensor, triples: list[Triple]) -> Tensor:
     All of it is float32, as on the CPU: R has the squares of the singular values, for which bfloat16 is too narrow.
     Q spreads as far, so it is multiplied as the sum of two bfloat16 parts.
     """
-    gram = _symmetric(u, u, dtype=torch.float32)
+    gram = symmetric_product(u, u, dtype=torch.float32)
     product = None
     for n, (a, b, c) in enumerate(triples):
-        step = _symmetric(gram, gram, base=gram, alpha=c, beta=b, diagonal=a)
-        product = step if product is None else _symmetric(product, step)
+        step = symmetric_product(gram, gram, base=gram, alpha=c, beta=b, diagonal=a)
+        product = step if product is None else symmetric_product(product, step)
         if n + 1 < len(triples):
-            gram = _symmetric(_symmetric(gram, step), step)
+            gram = symmetric_product(symmetric_product(gram, step), step)
     assert product is not None
     upper = product.to(u.dtype)
     parts = torch.cat([upper, (product - upper.float()).to(u.dtype)], dim=2)
@@ -112,7 +112,7 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()[:2]
 
 
-def _symmetric(
+def symmetric_product(
     left: Tensor,
     right: Tensor,
     base: Tensor | None = None,

@@ -115,7 +115,7 @@ def test_symmetric_product(rows, inner, dtype, into, large):
     large(300)  # 390 rows in tiles of 128, the others of 64
     x, base = torch.randn(2, rows, inner).to(dtype), torch.randn(2, rows, rows).to(dtype)
     base = base + base.mT
-    found = backend._symmetric(
+    found = backend.symmetric_product(
         x.to(DEVICE), x.to(DEVICE), base=base.to(DEVICE), alpha=0.7, beta=-0.3, diagonal=2.5, dtype=into
     ).cpu()
     x, base, one = x.double(), base.double(), torch.eye(rows, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_symmetric_product_of_two_matrices_that_commute():
     x = torch.randn(1, 150, 150)
     x = x @ x.mT / 150
     y = 0.5 * x @ x + x
-    found = backend._symmetric(x.to(DEVICE), y.to(DEVICE)).cpu()
+    found = backend.symmetric_product(x.to(DEVICE), y.to(DEVICE)).cpu()
     assert error(found, x.double() @ y.double()) < ERROR[torch.float32]
 
 
@@ -184,9 +184,9 @@ def test_gram_form_needs_its_float32(monkeypatch):
     """The same iteration in bfloat16 diverges on a spectrum that it takes in float32."""
     x = with_spectrum(64, 700, 3)
     assert error(schulz(x, dtype=torch.bfloat16), exact(x)) < 0.1
-    symmetric = backend._symmetric
+    symmetric = backend.symmetric_product
     narrow = lambda *args, **options: symmetric(*args, **options).bfloat16().float()
-    monkeypatch.setattr(backend, "_symmetric", narrow)
+    monkeypatch.setattr(backend, "symmetric_product", narrow)
     assert not error(schulz(x, dtype=torch.bfloat16), exact(x)) < 1
 
 
@@ -205,7 +205,7 @@ def test_multiplications_are_those_that_the_choice_counts(rows, columns, steps, 
 
         return run
 
-    monkeypatch.setattr(backend, "_symmetric", counted(backend._symmetric, 0.5))
+    monkeypatch.setattr(backend, "symmetric_product", counted(backend.symmetric_product, 0.5))
     monkeypatch.setattr(backend, "_product", counted(backend._product, 1.0))
     u = backend._unit(torch.randn(1, rows, columns, device=DEVICE), 1e-7, torch.bfloat16)
     triples = list(schulz_triples("moonlight", steps))
