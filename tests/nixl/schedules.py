@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
 import signal
 import statistics
@@ -372,6 +374,17 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
+def origin(first: int, count: int) -> dict[str, Any]:
+    """What a run's result must say of where it comes from."""
+    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.machine())  # fmt: skip
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release()},
+        "seeds": [first, first + count - 1],
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -389,7 +402,7 @@ def main() -> int:
             outcomes.append(outcome)
             line = f"{seed}: {outcome.states} in {outcome.seconds:.1f} s; {', '.join(outcome.faults)}"
             print(line, *outcome.problems, sep="\n    ", flush=True)
-    found = summary(outcomes)
+    found = {**origin(arguments.first, arguments.count), **summary(outcomes)}
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: value for key, value in found.items() if key != "problems"}))
