@@ -182,7 +182,8 @@ def kda_decode(
     * the conv entries become the history without its oldest input, then this step's inputs, so that the next
       step's `num_accepted_tokens` picks the right window: the pool needs W-1+S entries.
 
-    Other arguments, result and errors as for `kda_prefill`.
+    Other arguments, result and errors as for `kda_prefill`, but that on a GPU the offsets are relied on: they must go
+    up from 0, to T at most, by at most S+1.
     """
     check_layer(
         qkv, g, beta, gate, conv_weight, conv_state, state, state_indices, A_log, dt_bias, norm_weight,

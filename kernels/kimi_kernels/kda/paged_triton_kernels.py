@@ -201,10 +201,8 @@ def decode_kernel(
     c, r = tl.arange(0, KP), tl.arange(0, VP)
     in_key, in_value = c < K, r < V
     if PACKED:
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), tokens)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), first), tokens)
-        if SPECULATIVE:
-            end = tl.minimum(end, first + COLUMNS)
+        first = tl.load(cu_seqlens + n).to(tl.int64)
+        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
     else:
         first = n
         end = n + 1
