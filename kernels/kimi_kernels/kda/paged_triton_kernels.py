@@ -308,7 +308,7 @@ def finish_config(K: int, V: int) -> Config:
 def decode_config(K: int, V: int) -> Config:
     KP, VP = power_of_two(K), power_of_two(V)
     # A warp for 32 channels of the key: fewer threads would idle, more would hold the same values twice.
-    return Config({"K": K, "KP": KP, "V": V, "VP": VP, "BV": min(VP, 32)}, max(1, KP // 32), 1)
+    return Config({"K": K, "KP": KP, "V": V, "VP": VP, "BV": min(VP, 16)}, max(1, KP // 32), 1)
 
 
 def aot_variants() -> list[Variant]:
