@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.gpu` compares is one thing: fla-core and we give the same on the benchmark's own inputs."""
+"""What `python -m benchmarks.gpu` compares is one thing: on its inputs fla-core and we give the same."""
 
 from __future__ import annotations
 
