@@ -153,9 +153,10 @@ class Chunks:
         from . import triton_kernels as kernels
 
         p = self.p
-        blocks = -(-p.V // kernels.scan_config(p.K, p.V, p.wide).constants["BV"])
-        segments = 1 if kept else segment_count(p, blocks * p.N * p.HV, self.BT)
+        programs = -(-p.V // kernels.scan_config(p.K, p.V, p.wide).constants["BV"]) * p.N * p.HV
+        segments = 1 if kept else segment_count(p, programs, self.BT)
         config = kernels.scan_config(p.K, p.V, p.wide, segments > 1 or boundaries is not None)
+        blocks = -(-p.V // config.constants["BV"])
         constants = {"HV": p.HV, "HAS_INITIAL": p.initial is not None, "PACKED": p.offsets is not None,
                      "POOLED": entries is not None, "LEAST": LEAST_CHUNKS}  # fmt: skip
         starts = self._starts(segments, entries, constants) if segments > 1 else None

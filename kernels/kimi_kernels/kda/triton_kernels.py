@@ -785,9 +785,9 @@ def prepare_config(K: int, wide: bool) -> Config:
 
 def scan_config(K: int, V: int, wide: bool, more: bool = False) -> Config:
     """`more`: than the outputs, segments or states on the way; their addresses take registers."""
-    BV = min(16 if wide or K > 128 else 32, power_of_two(V))
+    BV = min(8 if wide and more else 16 if wide or K > 128 else 32, power_of_two(V))
     constants = {"K": K, "KP": power_of_two(K), "V": V, "BV": BV, "BT": chunk_size(wide)}
-    warps = 8 if wide or (more and K > 128) else 4
+    warps = 4 if wide and more else 8 if wide or (more and K > 128) else 4
     return Config({**constants, "PRECISION": precision(wide)}, warps, 1 if wide or K > 128 else 2)
 
 
