@@ -118,7 +118,7 @@ def triton(session: nox.Session) -> None:
     """The Triton kernels without a GPU: interpreted on two versions of Triton, and compiled against a budget."""
     install_torch(session)
     # The older interpreter cannot loop to a bound known at run time with a newer numpy.
-    session.install("-q", *TEST_TOOLS, TRITON, "numpy==2.2.6", "einops", "rich")
+    session.install("-q", *TEST_TOOLS, "pytest-xdist==3.8.0", TRITON, "numpy==2.2.6", "einops", "rich")
     session.install("-q", "--no-deps", "fla-core==0.6.0")
     old = Path(session.virtualenv.location) / TRITON_OLD
     if not old.is_dir():
@@ -126,10 +126,14 @@ def triton(session: nox.Session) -> None:
     install_project(session)
     tests = sorted(str(path) for path in ROOT.glob("tests/kernels/*/test_*_triton.py"))
     with_old = os.pathsep.join((str(ROOT), str(old)))  # the benchmarks are not installed
-    run_tests(session, *tests, TRITON_INTERPRET="1", PYTHONPATH=str(ROOT))
-    run_tests(session, *tests, options=["-m", "not slow"], TRITON_INTERPRET="1", PYTHONPATH=with_old)
+    both = ["-n", "2", "--dist", "worksteal"]  # an interpreter uses one core
+    alone = {"OMP_NUM_THREADS": "1"}
+    run_tests(session, *tests, options=both, TRITON_INTERPRET="1", PYTHONPATH=str(ROOT), **alone)
+    run_tests(
+        session, *tests, options=[*both, "-m", "not slow"], TRITON_INTERPRET="1", PYTHONPATH=with_old, **alone
+    )
     # Not interpreted: compiled, by the version in most GPU images.
-    run_tests(session, "tests/benchmarks", PYTHONPATH=with_old)
+    run_tests(session, "tests/benchmarks", options=both, PYTHONPATH=with_old, **alone)
 
 
 @nox.session(python="3.11")
