@@ -180,9 +180,11 @@ def verl(session: nox.Session) -> None:
     session.install("-q", *TEST_TOOLS)
     session.install("-q", "--no-deps", NIXL, NIXL_META, "checkpoint-engine==0.4.2")
     install_project(session)
-    # Ray refuses a temporary folder inside the virtual environment, where a session's is.
-    run_tests(session, "tests/verl", RAY_TMPDIR=tempfile.gettempdir())
-    run_tests(session, *TENT_IN_STACKS, RAY_TMPDIR=tempfile.gettempdir())
+    # Ray refuses a temporary folder inside the virtual environment, where a session's is. Its workers are nice to the
+    # rest of a machine by default, so that beside other work they hardly run.
+    ray = {"RAY_TMPDIR": tempfile.gettempdir(), "RAY_worker_niceness": "0"}
+    run_tests(session, "tests/verl", **ray)
+    run_tests(session, *TENT_IN_STACKS, **ray)
 
 
 # What megatron-core imports and does not ask for: psutil to write checkpoints, triton in 0.19.
