@@ -19,7 +19,7 @@ from typing import Any
 from verl_seer import compat
 from verl_seer.drafting.engine import EngineDrafter, EngineOptions
 from verl_seer.drafting.link import DraftLink
-from verl_seer.drafting.native import NativeIndex, draft_batch
+from verl_seer.drafting.native import NativeIndex, draft_batch, unavailable
 from verl_seer.drafting.store import GroupDrafter
 from verl_seer.options import DRAFTER, DRAFTER_OPTIONS
 
@@ -35,12 +35,15 @@ class SeerDrafter:
         vllm_config: vLLM's; ``num_speculative_tokens`` is the longest draft.
 
     Raises:
-        RuntimeError: this vLLM lacks something that the drafter uses; all of it is named.
+        RuntimeError: this vLLM lacks something that the drafter uses; all of it is named. Or the library of the index
+            cannot be loaded.
         ValueError: bad options.
     """
 
     def __init__(self, vllm_config: Any) -> None:
         compat.require_vllm()
+        if problem := unavailable():  # now, and not in the first step
+            raise RuntimeError(problem)
         _install()
         given = dict((vllm_config.additional_config or {}).get(DRAFTER_OPTIONS) or {})
         self._options = EngineOptions.of(
