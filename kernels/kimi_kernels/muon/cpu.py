@@ -26,8 +26,11 @@ def newton_schulz(x: Tensor, coefficients: list[float], eps: float, dtype: torch
     # The Gram matrix squares the condition number: in float32 that costs less than bfloat16 steps do (the largest
     # error over hard spectra is 4e-4, against 0.1), in bfloat16 it diverges, and float32 callers want better.
     gram = dtype == torch.bfloat16 and columns >= _GRAM_ASPECT * rows
-    u = unit_norm(x, eps, torch.float32 if gram else dtype).reshape(-1, rows, columns)
-    u = _on_gram(u, triples) if gram else _on_matrix(u, triples)
+    u = unit_norm(x, eps, torch.float32 if gram else dtype).reshape(-1, rows, columns).contiguous()
+    steps = _on_gram if gram else _on_matrix
+    # One by one: on Intel's CPUs a batched product may add up otherwise than the same product alone.
+    parts = [steps(matrix, triples) for matrix in u.split(1)]
+    u = torch.cat(parts) if parts else u
     return as_given(u.view(*x.shape[:-2], rows, columns), x)
 
 
