@@ -1,4 +1,4 @@
-"""The vision operations in plain torch, over all images at once. There is no other path for the CPU: these are gathers
+"""The vision operations in plain torch, over all images at once. It is the path for the CPU as well: these are gathers
 and element-wise sums without a loop over images, which torch's own threaded kernels do.
 
 Arithmetic is float32, or float64 when an input is float64.
@@ -79,12 +79,14 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dispatch.register("rope_2d", "reference")
+@dispatch.register("rope_2d", "cpu", native=False)
 def rope_2d(q: Tensor, k: Tensor, grid: Tensor, theta: float, inverse: bool) -> tuple[Tensor, Tensor]:
     cos, sin = _rotation(grid, q.shape[0], q.shape[2], theta, inverse)
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
 @dispatch.register("rope_2d_inplace", "reference")
+@dispatch.register("rope_2d_inplace", "cpu", native=False)
 def rope_2d_inplace(qkv: Tensor, grid: Tensor, theta: float) -> None:
     cos, sin = _rotation(grid, qkv.shape[0], qkv.shape[3], theta, False)
     for x in qkv[:, :2].unbind(1):
@@ -122,6 +124,7 @@ def _taps_2d(at: Places, weight: Tensor, bicubic: bool, acc: torch.dtype) -> tup
 
 
 @dispatch.register("interpolate_pos_embed", "reference")
+@dispatch.register("interpolate_pos_embed", "cpu", native=False)
 def interpolate_pos_embed(
     x: Tensor, weight: Tensor, grid: Tensor, time_weight: Tensor | None, bicubic: bool
 ) -> Tensor:
@@ -138,6 +141,7 @@ def interpolate_pos_embed(
 
 
 @dispatch.register("interpolate_pos_embed_backward", "reference")
+@dispatch.register("interpolate_pos_embed_backward", "cpu", native=False)
 def interpolate_pos_embed_backward(d_out: Tensor, weight: Tensor, grid: Tensor, bicubic: bool) -> Tensor:
     """The gradient of the table."""
     acc = _accumulator(d_out, weight)
@@ -167,6 +171,7 @@ def _merged(
 
 
 @dispatch.register("merge_patches", "reference")
+@dispatch.register("merge_patches", "cpu", native=False)
 def merge_patches(x: Tensor, grid: Tensor, kernel_h: int, kernel_w: int, count: int) -> Tensor:
     acc = _accumulator(x)
     patch, slot, frames = _merged(grid, x.shape[0], kernel_h, kernel_w, count)
@@ -179,6 +184,7 @@ def merge_patches(x: Tensor, grid: Tensor, kernel_h: int, kernel_w: int, count: 
 
 
 @dispatch.register("merge_patches_backward", "reference")
+@dispatch.register("merge_patches_backward", "cpu", native=False)
 def merge_patches_backward(d_out: Tensor, grid: Tensor, kernel_h: int, kernel_w: int, patches: int) -> Tensor:
     patch, slot, frames = _merged(grid, patches, kernel_h, kernel_w, d_out.shape[0])
     d_x = torch.zeros((patches, d_out.shape[2]), dtype=d_out.dtype, device=d_out.device)
