@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -159,15 +161,48 @@ def test_a_release_in_flight_stops_it_and_the_next_one_works(pair: tuple[AgentHo
     assert a.crc(name="x") == b.crc(name="y")
 
 
-def test_memory_that_was_deregistered_is_refused_by_the_target(pair: tuple[AgentHost, AgentHost]) -> None:
+def test_a_small_transfer_on_one_host_needs_nothing_of_the_other_process(
+    pair: tuple[AgentHost, AgentHost],
+) -> None:
+    """Its bytes are there while that process is stopped; its notification waits until it goes on."""
     a, b = pair
-    size = 1 << 20
+    size = 60_000
+    x = a.buffer(name="x", size=size, fill="random", seed=1)
+    y = b.buffer(name="y", size=size, fill="random", seed=2)
+    introduce(a, b)
+    plain = a.prepare_split(op="WRITE", local=x, remote=y, size=60, count=1000, agent="B")
+    told = a.prepare(op="WRITE", local=[[x, size]], remote=[[y, size]], agent="B", notify="here")
+    assert a.run(handle=told)["state"] == "DONE"  # and the link is up
+    assert b.notifications(count=1) == [["A", "here"]]
+    a.fill(name="x", seed=3)
+    os.kill(b.process.pid, signal.SIGSTOP)
+    try:
+        assert a.run(handle=plain)["state"] == "DONE"
+        a.post(handle=told)
+        time.sleep(0.05)
+        assert a.state(handle=told) == "PROC"
+    finally:
+        os.kill(b.process.pid, signal.SIGCONT)
+    assert b.crc(name="y") == a.crc(name="x")
+    assert b.notifications(count=1) == [["A", "here"]]
+    b.kill()
+    with pytest.raises(HostError):
+        a.run(handle=plain)
+
+
+@pytest.mark.parametrize("size", [64, 1 << 20])
+def test_memory_that_was_deregistered_is_refused_by_the_target(
+    pair: tuple[AgentHost, AgentHost], size: int
+) -> None:
+    a, b = pair
     x = a.buffer(name="x", size=size, fill="random", seed=1)
     y = b.buffer(name="y", size=size)
     introduce(a, b)
-    b.deregister(name="y")
-    zeros = b.crc(name="y")
     handle = a.prepare(op="WRITE", local=[[x, size]], remote=[[y, size]], agent="B")
+    assert a.run(handle=handle)["state"] == "DONE"
+    b.deregister(name="y")
+    b.fill(name="y", seed=-1)
+    zeros = b.crc(name="y")
     with pytest.raises(HostError):
         a.run(handle=handle)
     assert b.crc(name="y") == zeros

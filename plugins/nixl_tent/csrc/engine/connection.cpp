@@ -6,6 +6,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "engine/direct.h"
+
 namespace tent {
 namespace {
 
@@ -23,6 +25,9 @@ bool overlaps(const iovec& row, const uint8_t* begin, size_t size) {
 }
 
 }  // namespace
+
+Connection::Connection() = default;
+Connection::~Connection() = default;
 
 Io Sender::flush(int fd, uint64_t& bytes) {
   while (!frames_.empty()) {

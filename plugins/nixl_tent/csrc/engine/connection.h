@@ -6,6 +6,8 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,6 +16,7 @@
 
 namespace tent {
 
+class DirectAccess;
 struct Link;
 struct Peer;
 struct Session;
@@ -109,6 +112,8 @@ class Receiver {
 };
 
 struct Connection {
+  Connection();
+  ~Connection();
   uint64_t id = 0;             // in this engine, for epoll
   Fd fd;
   const Transport* transport = nullptr;
@@ -117,6 +122,8 @@ struct Connection {
   Session* session = nullptr;  // or accepted and proven to be of this session
   uint64_t name = 0;           // the dialler's name for it
   pid_t process = -1;          // the other end's, where slices are by reference
+  std::unique_ptr<DirectAccess> direct;   // to its memory; dialled by us
+  std::optional<uint32_t> cell;           // the other end's in our table; accepted
   double since = 0;            // when it was opened
   bool watching_output = false;
   bool paused = false;         // not read until the other side has taken some of our answers

@@ -82,6 +82,8 @@ Engine::Engine(Config config, std::string agent, Drive drive, std::unique_ptr<Ho
       info_.endpoints.push_back(listener.endpoint);
       listeners_.push_back({std::move(listener), transport.get()});
     }
+  if (std::any_of(transports_.begin(), transports_.end(), [](const auto& t) { return t->by_reference(); }))
+    direct_ = std::make_unique<DirectTable>(info_.engine);
   if (listeners_.empty()) throw std::invalid_argument("option links: this machine has no interface that is up");
   watch_fd(epoll_.get(), wakeup_.get(), WAKEUP);
   watch_fd(epoll_.get(), timer_.get(), TIMER);
@@ -100,6 +102,10 @@ Engine::~Engine() {
   wake();
   if (thread_.joinable()) thread_.join();
   else run();
+  if (direct_ != nullptr) {
+    direct_->retract_all();
+    direct_->drain();
+  }
   if (undertaker_.joinable()) undertaker_.join();
   if (hosted_ != nullptr) hosted_->end();
   const std::lock_guard lock(mutex_);
@@ -251,21 +257,22 @@ Region* Engine::add_region(void* begin, size_t size, MemoryKind kind, uint64_t d
     return device_regions_.back().get();
   }
   region->token = random_u64();
+  auto slot = static_cast<uint32_t>(regions_.size());
   if (free_slots_.empty()) {
-    region->slot = static_cast<uint32_t>(regions_.size());
-    regions_.push_back(std::move(region));
-    return regions_.back().get();
+    regions_.emplace_back();
+  } else {
+    slot = free_slots_.back();
+    free_slots_.pop_back();
   }
-  const uint32_t slot = free_slots_.back();
-  free_slots_.pop_back();
   region->slot = slot;
+  if (direct_ != nullptr) direct_->publish(slot, region->token, begin, size);
   regions_[slot] = std::move(region);
   return regions_[slot].get();
 }
 
 void Engine::remove_region(Region* region) {
   if (region->hosted != 0) hosted_->remove(region->hosted);
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   if (region->kind == MemoryKind::device) {
     std::erase_if(device_regions_, [&](const auto& other) { return other.get() == region; });
     return;
@@ -280,6 +287,12 @@ void Engine::remove_region(Region* region) {
   }
   const uint32_t slot = region->slot;
   regions_[slot].reset();
+  if (direct_ != nullptr) {
+    direct_->retract(slot);
+    lock.unlock();
+    direct_->drain();
+    lock.lock();
+  }
   free_slots_.push_back(slot);
 }
 

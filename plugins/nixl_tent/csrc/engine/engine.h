@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "config/config.h"
+#include "engine/direct.h"
 #include "engine/local_copy.h"
 #include "engine/state.h"
 #include "files/file.h"
@@ -107,6 +108,8 @@ class Engine {
 
   // initiator.cpp: slices out, answers in
   void start(Transfer& transfer, double now);
+  static bool copy_directly(Peer& peer, Transfer& transfer);
+  static void open_directly(Connection& connection);
   void pump(Peer& peer, double now);
   void hedge(Peer& peer, double now);
   Transfer* pick(Peer& peer, double now);
@@ -160,6 +163,7 @@ class Engine {
   const std::string agent_;
   ConnectionInfo info_;
   std::string key_;
+  std::unique_ptr<DirectTable> direct_;   // null without the transport that needs it
   std::vector<std::unique_ptr<Transport>> transports_;
   struct Open {
     Listener listener;

@@ -27,7 +27,7 @@ bool Engine::begin_hosted(Peer& peer, Transfer& transfer, const Cut& cut, double
   if (peer.hosted_flights++ == 0) peer.hosted_sign = at;
   hosted_flights_.push_back({&transfer, transfer.peer, cut, posted, at});
   if (hosted_under_way_++ == 0) wake();
-  transfer.was_hosted = true;
+  transfer.unseen = true;
   ++transfer.hosted;
   ++link.counters.slices;
   link.counters.bytes_out += cut.bytes;

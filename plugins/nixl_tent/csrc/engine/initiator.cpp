@@ -8,6 +8,7 @@ namespace {
 
 constexpr uint64_t READ_NUMBERS = uint64_t{1} << 63;   // reads end here, not at the target: numbers of their own
 constexpr size_t COPY_BELOW = 4096;   // payload so small is copied into the frame: cheaper than more vectors
+constexpr uint64_t DIRECT_BELOW = 64 << 10;   // bytes: copied while the caller posts, in the time a thread takes to wake
 constexpr double TIGHT = 1.2;         // a deadline closer than this much of the time needed makes a transfer urgent
 
 }  // namespace
@@ -17,7 +18,7 @@ void Engine::start(Transfer& transfer, double at) {
   transfer.plan.rewind();
   transfer.slices.clear();
   transfer.finished = 0;
-  transfer.repeated = transfer.queued = transfer.awaiting_end = transfer.was_hosted = false;
+  transfer.repeated = transfer.queued = transfer.awaiting_end = transfer.unseen = false;
   transfer.verdict.reset();
   transfer.posted = transfer.last_progress = transfer.last_service = at;
   transfer.deadline = transfer.deadline_seconds > 0 ? at + transfer.deadline_seconds : 0;
@@ -26,11 +27,20 @@ void Engine::start(Transfer& transfer, double at) {
     transfer.status = Status::disconnected;
     return;
   }
+  if (copy_directly(peer, transfer)) {
+    if (!transfer.notification) {
+      ++finished_;
+      transfer.status.store(Status::done, std::memory_order_release);
+      return;
+    }
+    transfer.plan.cut(DIRECT_BELOW, UINT32_MAX);
+    transfer.unseen = transfer.op == Op::write;
+  }
   want(peer);
   transfer.id = transfer.op == Op::write ? peer.next_write++ : READ_NUMBERS | peer.next_read++;
   peer.active[transfer.id] = &transfer;
   if (transfer.deadline > 0) ++peer.deadlines;
-  if (transfer.plan.total() == 0) return all_slices_done(peer, transfer);
+  if (transfer.plan.remaining() == 0) return all_slices_done(peer, transfer);
   if (transfer.hosted_only) {
     while (!transfer.verdict && transfer.status == Status::running && transfer.plan.remaining() > 0)
       host(peer, transfer, transfer.plan.cut(MAX_SLICE, MAX_SEGMENTS), at);
@@ -38,6 +48,26 @@ void Engine::start(Transfer& transfer, double at) {
   }
   peer.queues[static_cast<size_t>(transfer.priority)].push_back(transfer.id);
   peer.backlog += static_cast<double>(transfer.plan.total());
+}
+
+bool Engine::copy_directly(Peer& peer, Transfer& transfer) {
+  if (transfer.hosted_only || transfer.plan.total() == 0 || transfer.plan.total() > DIRECT_BELOW) return false;
+  for (const auto& link : peer.links) {
+    if (link->state != LinkState::up || link->connection == nullptr || link->connection->direct == nullptr) continue;
+    if (!link->connection->direct->copy(transfer.op, transfer.plan, link->connection->fd.get())) return false;
+    ++link->counters.slices;
+    (transfer.op == Op::write ? link->counters.bytes_out : link->counters.bytes_in) += transfer.plan.total();
+    return true;
+  }
+  return false;
+}
+
+void Engine::open_directly(Connection& connection) {
+  Reader place(connection.in.text);
+  const auto fd = place.take<uint32_t>();
+  const auto cell = place.take<uint32_t>();
+  if (place.complete() && connection.transport->by_reference() && connection.direct == nullptr && fd <= INT32_MAX)
+    connection.direct = DirectAccess::open(connection.process, static_cast<int>(fd), cell, connection.peer->info.engine);
 }
 
 Transfer* Engine::pick(Peer& peer, double at) {
@@ -122,7 +152,7 @@ void Engine::pump(Peer& peer, double at) {
     transfer->slices.push_back({cut});
     send_slice(link, *transfer, index, at);
     if (transfer->plan.remaining() == 0 && transfer->op == Op::write && transfer->notification &&
-        !transfer->was_hosted) {
+        !transfer->unseen) {
       Control control;
       control.flags = FLAG_TOTAL | FLAG_NOTIFY;
       control.total = static_cast<uint32_t>(transfer->slices.size());
@@ -174,7 +204,7 @@ void Engine::send_slice(Link& link, Transfer& transfer, uint32_t index, double a
   header.transfer = transfer.id;
   header.slice = index;
   if (write && transfer.notification) header.flags = FLAG_NOTIFY;
-  if (write && transfer.plan.remaining() == 0 && !transfer.was_hosted) {
+  if (write && transfer.plan.remaining() == 0 && !transfer.unseen) {
     header.flags |= FLAG_TOTAL;
     header.aux = static_cast<uint32_t>(transfer.slices.size());
   }
@@ -247,8 +277,8 @@ void Engine::slice_finished(Connection& connection, double at) {
 
 void Engine::all_slices_done(Peer& peer, Transfer& transfer) {
   // The end went with the last slice, unless the hosted engine carried some that the target does not count.
-  const bool told = transfer.op == Op::write && transfer.plan.total() > 0 && !transfer.was_hosted;
-  if (!told && (transfer.notification || (transfer.op == Op::write && transfer.was_hosted))) {
+  const bool told = transfer.op == Op::write && transfer.plan.total() > 0 && !transfer.unseen;
+  if (!told && (transfer.notification || (transfer.op == Op::write && transfer.unseen))) {
     Control control;
     control.flags = FLAG_TOTAL;
     control.total = transfer.op == Op::write ? static_cast<uint32_t>(transfer.slices.size()) : 0;

@@ -160,6 +160,8 @@ void Engine::close(Connection& connection, const std::string& why, bool abrupt) 
     setsockopt(connection.fd.get(), SOL_SOCKET, SO_LINGER, &now_or_never, sizeof now_or_never);
   }
   connection.fd = Fd();
+  connection.direct.reset();
+  if (connection.cell) direct_->dismiss(*std::exchange(connection.cell, std::nullopt));
   const double at = now();
   arm(at);   // for the connection to be forgotten and the peer's slices to go elsewhere
   if (connection.peer == nullptr) {
@@ -337,6 +339,15 @@ std::optional<std::string> Engine::check_proof(Connection& connection) {
   send_frame(connection, Header{.kind = Kind::welcome},
              text_of(hmac_sha256(key_, "listener" + connection.transcript)));
   connection.transcript.clear();
+  if (direct_ != nullptr && connection.transport->by_reference()) {
+    connection.cell = direct_->admit(connection.process);
+    if (connection.cell) {
+      std::string place;
+      put(place, static_cast<uint32_t>(direct_->fd()));
+      put(place, *connection.cell);
+      send_frame(connection, Header{.kind = Kind::direct}, place);
+    }
+  }
   return std::nullopt;
 }
 

@@ -41,6 +41,9 @@ std::optional<std::string> Engine::Dispatcher::on_header(Destination& destinatio
     case Kind::read_ref:
       if (!from_target) return "an initiator does not answer";
       return engine_.accept_read(connection_, destination);
+    case Kind::direct:
+      destination.keep = true;
+      [[fallthrough]];
     case Kind::ack:
     case Kind::nack:
     case Kind::end_ack:
@@ -79,6 +82,7 @@ std::optional<std::string> Engine::Dispatcher::handle() {
     case Kind::nack: engine_.slice_refused(connection_); break;
     case Kind::end_ack: engine_.end_acknowledged(connection_); break;
     case Kind::pong: connection_.link->last_answer = now(); break;
+    case Kind::direct: open_directly(connection_); break;
     default: return "unknown frame";
   }
   return std::nullopt;

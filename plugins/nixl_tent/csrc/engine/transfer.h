@@ -77,7 +77,7 @@ struct Transfer {
   bool queued = false;             // in its peer's queue
   bool awaiting_end = false;       // the notification is not acknowledged yet
   uint32_t hosted = 0;             // slices under way in the hosted engine, or waiting for its end
-  bool was_hosted = false;         // the target does not know of some slices: it is told of the end by a frame
+  bool unseen = false;         // the target does not know of some slices: it is told of the end by a frame
   std::optional<Status> verdict;   // how it ends once no slice is under way in the hosted engine
   double posted = 0;
   double deadline = 0;             // absolute; 0: none

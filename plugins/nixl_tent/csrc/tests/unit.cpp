@@ -1,12 +1,17 @@
 // Checks of the parts that need no sockets: slices, scheduler, rate, stall, framing, metadata, keys, configuration.
 // Prints one line per failure; exits with 1 if there was one.
 #include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -17,6 +22,7 @@
 #include <vector>
 
 #include "config/config.h"
+#include "engine/direct.h"
 #include "files/file.h"
 #include "files/io.h"
 #include "health/stall.h"
@@ -516,6 +522,85 @@ void file_io() {
   }
 }
 
+// Into and out of this very process: the calls and checks are those between two.
+void direct() {
+  const std::string engine = "engine of a test";
+  tent::DirectTable table(engine);
+  EXPECT(table.fd() >= 0);
+  const std::optional<uint32_t> cell = table.admit(getpid());
+  EXPECT(cell == 0u && table.admit(getpid()) == 1u);
+  const auto open = [&](int fd, uint32_t number, const std::string& whose) {
+    return tent::DirectAccess::open(getpid(), fd, number, whose);
+  };
+  EXPECT(open(table.fd(), 0, "another's engine") == nullptr);
+  EXPECT(open(table.fd(), tent::DIRECT_PEERS, engine) == nullptr);
+  EXPECT(open(0, 0, engine) == nullptr && open(1 << 20, 0, engine) == nullptr);
+  int ends[2];
+  EXPECT(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+  const int stream = ends[0];
+
+  std::vector<uint8_t> region(5000), local(5000, 7);
+  table.publish(3, 42, region.data(), region.size());
+  const auto access = open(table.fd(), 0, engine);
+  EXPECT(access != nullptr);
+  const auto copy = [&](tent::Op op, uint64_t token, uint64_t offset, uint64_t length, uint32_t slot = 3) {
+    tent::Plan plan;
+    plan.add({local.data(), token, offset, length, slot});
+    return access->copy(op, plan, stream);
+  };
+  EXPECT(copy(tent::Op::write, 42, 0, 5000) && region == local);
+  EXPECT(copy(tent::Op::write, 42, 4999, 1));
+  region.assign(5000, 9);
+  EXPECT(!copy(tent::Op::write, 41, 0, 8) && !copy(tent::Op::write, 42, 4999, 2) && !copy(tent::Op::write, 42, 5001, 1));
+  EXPECT(!copy(tent::Op::write, 42, UINT64_MAX, 2) && !copy(tent::Op::write, 42, 0, 8, 4));
+  EXPECT(!copy(tent::Op::write, 0, 0, 8, 4) && !copy(tent::Op::write, 42, 0, 8, tent::NO_SLOT));
+  EXPECT(region == std::vector<uint8_t>(5000, 9));
+  EXPECT(copy(tent::Op::read, 42, 10, 100) && local[99] == 9 && local[100] == 7);
+
+  // More rows than one call takes, each of its own bytes.
+  for (size_t i = 0; i < local.size(); ++i) local[i] = static_cast<uint8_t>(i * 31);
+  tent::Plan scattered;
+  for (uint64_t i = 0; i < 700; ++i) scattered.add({local.data() + 7 * i, 42, 7 * (699 - i), 3, 3});
+  EXPECT(access->copy(tent::Op::write, scattered, stream));
+  for (size_t i = 0; i < 700; ++i)
+    EXPECT(std::memcmp(region.data() + 7 * (699 - i), local.data() + 7 * i, 3) == 0 && region[7 * i + 3] == 9);
+
+  table.retract(3);
+  EXPECT(!copy(tent::Op::write, 42, 0, 8));
+  table.publish(3, 43, region.data(), region.size());
+  close(ends[1]);
+  EXPECT(!copy(tent::Op::write, 43, 0, 8));   // whoever was at the other end is not there any more
+  close(ends[0]);
+
+  // A process that stops in the middle of a copy holds a deregistration up, until it has ended.
+  const pid_t child = fork();
+  if (child == 0) {
+    void* mapped = mmap(nullptr, sizeof(tent::DirectPage), PROT_READ | PROT_WRITE, MAP_SHARED, table.fd(), 0);
+    static_cast<tent::DirectPage*>(mapped)->cells[2].inside = 1;
+    pause();
+    _exit(0);
+  }
+  EXPECT(table.admit(child) == 2u);
+  void* mapped = mmap(nullptr, sizeof(tent::DirectPage), PROT_READ | PROT_WRITE, MAP_SHARED, table.fd(), 0);
+  const auto* page = static_cast<tent::DirectPage*>(mapped);
+  while (page->cells[2].inside == 0) usleep(1000);
+  std::atomic<bool> drained = false;
+  table.dismiss(2);
+  EXPECT(table.admit(getpid()) == 3u);   // a cell that has not been left is not another's
+  std::thread waits([&] {
+    table.drain();
+    drained = true;
+  });
+  usleep(50'000);
+  EXPECT(!drained);
+  kill(child, SIGKILL);
+  waits.join();
+  EXPECT(drained);
+  waitpid(child, nullptr, 0);
+  EXPECT(table.admit(getpid()) == 2u);
+  munmap(mapped, sizeof(tent::DirectPage));
+}
+
 }  // namespace
 
 int main() {
@@ -530,6 +615,7 @@ int main() {
   file_names();
   file_book();
   file_io();
+  direct();
   if (failures == 0) std::puts("all good");
   return failures == 0 ? 0 : 1;
 }

@@ -44,6 +44,7 @@ constexpr Bounds BOUNDS[] = {
     {Kind::drop, false, 0, 0},
     {Kind::fence, false, 0, 0},
     {Kind::fenced, false, 0, 0},
+    {Kind::direct, false, 0, 2 * sizeof(uint32_t)},
 };
 
 }  // namespace

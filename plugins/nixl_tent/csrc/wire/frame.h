@@ -41,6 +41,7 @@ enum class Kind : uint8_t {
   drop,         // close the connection named by `transfer`: its dialler has given it up
   fence,        // end the engine that you host: slices that it carried will be sent again
   fenced,       // it has ended: nothing is written through it any more
+  direct,       // payload: where the dialler finds the table of regions, and its cell there (engine/direct.h)
 };
 
 enum Flags : uint16_t {
