@@ -90,7 +90,7 @@ class Stream {
 inline void play(tent::Engine& engine, Stream& stream, tent::Reader& input, uint64_t first_transfer,
                  const tent::RegionInfo& open) {
   for (int count = 0; input.good() && count < 64; ++count) {
-    tent::Header header{.kind = static_cast<tent::Kind>(input.take<uint8_t>() % 20)};
+    tent::Header header{.kind = static_cast<tent::Kind>(input.take<uint8_t>() % 21)};
     const auto shape = input.take<uint8_t>();
     header.flags = input.take<uint8_t>() % 16;
     header.slice = input.take<uint8_t>() % 8;
