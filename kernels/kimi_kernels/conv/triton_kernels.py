@@ -1,8 +1,7 @@
 """Triton kernels of the causal convolution, and the configurations in which they are compiled. Needs triton.
 
 Place t of a sequence is its token t, or for t < 0 the column W + t of its initial state. Sums over the taps run from
-the earliest to the current token wherever a sequence is cut or packed, so that its results have the same bits. Slots
-of BT tokens are those of KDA's kernels.
+the earliest to the current token wherever a sequence is cut or packed, so that its results have the same bits.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .._packing import first_slot, sequence_bounds, sequence_of_slot
 from .._triton import Config, Variant, power_of_two
-from ..kda.triton_kernels import _first_slot, _sequence_bounds, _sequence_of_slot
 
 
 @triton.jit
 def _tile(cu_seqlens, T, N, D, BT: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr):
     """Of this program: sequence, batch row, first token and length of it, places, and channels, as a row."""
     slot = tl.program_id(0).to(tl.int64)
-    n = _sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
-    t = (slot - _first_slot(first, n, T, BT, PACKED)) * BT + tl.arange(0, BT)
+    n = sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
+    t = (slot - first_slot(first, n, T, BT, PACKED)) * BT + tl.arange(0, BT)
     channel = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)[None, :]
     return n, n * 0 if PACKED else n, first, length, t, channel
 
@@ -84,7 +83,7 @@ def final_state_kernel(
 ):  # fmt: skip
     """final [N, D, W] float32: the last W places of each sequence; grid (N, D / BD)."""
     n = tl.program_id(0).to(tl.int64)
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
     batch = n * 0 if PACKED else n
     j = tl.arange(0, WP)
     channel = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)[None, :]
@@ -170,7 +169,7 @@ def initial_gradient_kernel(
 ):  # fmt: skip
     """dinitial [N, D, W]; grid (N, D / BD)."""
     n = tl.program_id(0).to(tl.int64)
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
     batch = n * 0 if PACKED else n
     j = tl.arange(0, WP)
     channel = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)[None, :]

@@ -9,15 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._packing import first_slot, sequence_bounds, sequence_of_slot
 from .._triton import Config, Variant, power_of_two
 from .triton_kernels import (
     GATE_LOWER_BOUND,
     NORM_EPS,
-    _first_slot,
     _log2_decay,
     _pool_entry,
-    _sequence_bounds,
-    _sequence_of_slot,
     aot_variant,
     integer_types,
     stride_types,
@@ -36,9 +34,9 @@ def convolve_kernel(
     convolved: contiguous [T, channels].
     """
     slot = tl.program_id(0).to(tl.int64)
-    n = _sequence_of_slot(cu_seqlens, slot, T, N, BT, True)
-    first, length = _sequence_bounds(cu_seqlens, n, T, True)
-    start = (slot - _first_slot(first, n, T, BT, True)) * BT
+    n = sequence_of_slot(cu_seqlens, slot, T, N, BT, True)
+    first, length = sequence_bounds(cu_seqlens, n, T, True)
+    start = (slot - first_slot(first, n, T, BT, True)) * BT
     named, entry = _pool_entry(state_indices, n, pool_slots)
     if (start < 0) | (start >= length) | (not named):
         return
@@ -91,12 +89,12 @@ def finish_kernel(
     """
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
-    n = _sequence_of_slot(cu_seqlens, slot, T, N + 1, BT, True)
+    n = sequence_of_slot(cu_seqlens, slot, T, N + 1, BT, True)
     is_sequence = n < N
     first = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
     end = tl.load(cu_seqlens + n + 1, mask=is_sequence, other=T).to(tl.int64)
     length = tl.minimum(tl.maximum(end, first), T) - first
-    start = (slot - _first_slot(first, n, T, BT, True)) * BT
+    start = (slot - first_slot(first, n, T, BT, True)) * BT
     if (start < 0) | (start >= length):
         return
     entry = tl.load(state_indices + n, mask=is_sequence, other=-1).to(tl.int64)

@@ -8,8 +8,7 @@ chunk to the first, and `gradient_kernel` for all chunks at once.
 Decays are exponents of 2 here, and every exponential is of a sum of log decays of consecutive tokens, never of a
 difference of sums: none can overflow, cancel or be NaN, whatever the gate.
 
-Sequences of any length share one grid: sequence n, which starts at token a of the packed row, owns the chunk slots
-from a // BT + n on, which are as many as it can need. No table of chunks has to be made, or to reach the host.
+Sequences of any length share one grid, a program for each slot of `_packing`: a slot is a chunk.
 """
 
 from __future__ import annotations
@@ -19,53 +18,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .._packing import first_slot, sequence_bounds, sequence_of_slot
 from .._triton import Config, Variant, float32_products, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NORM_EPS = tl.constexpr(1e-6)  # reference.L2_NORM_EPS
 GATE_NONE, GATE_SOFTPLUS, GATE_LOWER_BOUND = 0, 1, 2
-
-
-@triton.jit
-def _sequence_bounds(cu_seqlens, n, T, PACKED: tl.constexpr):
-    """First token in the packed row, and length, of sequence n; without offsets every sequence is a batch row.
-
-    The host does not read offsets that are on a GPU: wrong ones name other tokens, never memory outside of the row.
-    """
-    if PACKED:
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), first), T)
-        length = end - first
-    else:
-        first = n.to(tl.int64) * 0
-        length = first + T
-    return first, length
-
-
-@triton.jit
-def _first_slot(first, n, T, BT: tl.constexpr, PACKED: tl.constexpr):
-    if PACKED:
-        slot = first // BT + n
-    else:
-        slot = n.to(tl.int64) * ((T + BT - 1) // BT)
-    return slot
-
-
-@triton.jit
-def _sequence_of_slot(cu_seqlens, slot, T, N, BT: tl.constexpr, PACKED: tl.constexpr):
-    """The last sequence whose slots start at or before this one."""
-    if PACKED:
-        low = slot * 0
-        high = low + N - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            starts = tl.load(cu_seqlens + middle).to(tl.int64) // BT + middle
-            low = tl.where(starts <= slot, middle, low)
-            high = tl.where(starts <= slot, high, middle - 1)
-        n = low
-    else:
-        n = slot // ((T + BT - 1) // BT)
-    return n
 
 
 @triton.jit
@@ -188,9 +146,9 @@ def prepare_kernel(
     """
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    n = _sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
-    start = (slot - _first_slot(first, n, T, BT, PACKED)) * BT
+    n = sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
+    start = (slot - first_slot(first, n, T, BT, PACKED)) * BT
     if (start < 0) | (start >= length):
         return
     batch = n * 0 if PACKED else n
@@ -294,8 +252,8 @@ def scan_kernel(
     """
     n = (tl.program_id(1) // HV).to(tl.int64)
     head = (tl.program_id(1) % HV).to(tl.int64)
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
-    slot = _first_slot(first, n, T, BT, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
+    slot = first_slot(first, n, T, BT, PACKED)
     batch = n * 0 if PACKED else n
     row, c = tl.arange(0, BT), tl.arange(0, KP)
     column = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -385,11 +343,11 @@ def segment_kernel(
     segments = tl.num_programs(2) + 1
     blocks: tl.constexpr = (V + BV - 1) // BV
     of_carry = tl.program_id(0) >= blocks
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
     begin, end = _segment(s, segments, length, BT, LEAST)
     if ((s > 0) & (begin == length)) | (of_carry & (s == 0)):
         return
-    slot = _first_slot(first, n, T, BT, PACKED)
+    slot = first_slot(first, n, T, BT, PACKED)
     batch = n * 0 if PACKED else n
     row, c = tl.arange(0, BT), tl.arange(0, KP)
     column = (tl.program_id(0) - tl.where(of_carry, blocks, 0)) * BV + tl.arange(0, BV)
@@ -439,7 +397,7 @@ def merge_kernel(
     width: KP, where the compiler does not unroll.
     """
     n = (tl.program_id(1) // HV).to(tl.int64)
-    _, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    _, length = sequence_bounds(cu_seqlens, n, T, PACKED)
     c, block = tl.arange(0, KP), tl.arange(0, BK)
     column = tl.program_id(0) * BV + tl.arange(0, BV)
     in_value = (column < V)[None, :]
@@ -477,8 +435,8 @@ def scan_back_kernel(
     """
     n = (tl.program_id(1) // HV).to(tl.int64)
     head = (tl.program_id(1) % HV).to(tl.int64)
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
-    slot = _first_slot(first, n, T, BT, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
+    slot = first_slot(first, n, T, BT, PACKED)
     batch = n * 0 if PACKED else n
     row, c = tl.arange(0, BT), tl.arange(0, KP)
     column = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -542,9 +500,9 @@ def gradient_kernel(
     """
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    n = _sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
-    start = (slot - _first_slot(first, n, T, BT, PACKED)) * BT
+    n = sequence_of_slot(cu_seqlens, slot, T, N, BT, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
+    start = (slot - first_slot(first, n, T, BT, PACKED)) * BT
     if (start < 0) | (start >= length):
         return
     batch = n * 0 if PACKED else n
@@ -725,7 +683,7 @@ def recurrent_kernel(
     """Token after token, BV columns of the state in registers; grid (V / BV, N * HV)."""
     n = (tl.program_id(1) // HV).to(tl.int64)
     head = (tl.program_id(1) % HV).to(tl.int64)
-    first, length = _sequence_bounds(cu_seqlens, n, T, PACKED)
+    first, length = sequence_bounds(cu_seqlens, n, T, PACKED)
     batch = n * 0 if PACKED else n
     c = tl.arange(0, KP)
     column = tl.program_id(0) * BV + tl.arange(0, BV)

@@ -15,8 +15,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .._packing import first_slot, sequence_bounds, sequence_of_slot
 from .._triton import Config, Variant, float32_products, power_of_two
-from ..kda.triton_kernels import _first_slot, _sequence_bounds, _sequence_of_slot
 
 # Of a head's width, this much stays in registers or shared memory while the keys go by.
 HELD = 256
@@ -79,11 +79,11 @@ def max_logit_kernel(
     is_closed = tl.load(closed + head) if GATED else False
     if is_closed:
         return
-    n = _sequence_of_slot(cu_seqlens_q, slot, T, N, BM, PACKED)
-    first, length = _sequence_bounds(cu_seqlens_q, n, T, PACKED)
-    first_key, keys = _sequence_bounds(cu_seqlens_k, n, S, PACKED)
+    n = sequence_of_slot(cu_seqlens_q, slot, T, N, BM, PACKED)
+    first, length = sequence_bounds(cu_seqlens_q, n, T, PACKED)
+    first_key, keys = sequence_bounds(cu_seqlens_k, n, S, PACKED)
     batch = n * 0 if PACKED else n
-    start = (slot - _first_slot(first, n, T, BM, PACKED)) * BM
+    start = (slot - first_slot(first, n, T, BM, PACKED)) * BM
     shift = keys - length  # the last query sees the last key
     seen, seen_by_all = keys, keys
     if CAUSAL:
