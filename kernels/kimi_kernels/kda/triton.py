@@ -167,7 +167,7 @@ class Chunks:
             *self.pairs(), self.attend, self.strengths, p.v, p.initial, out, final, *(kept or (None, None)), p.offsets,
             *(entries or (None, None)), starts, marks,
             *p.v.stride()[:3], *_token_strides(out), *p.strides_of(p.initial), *p.strides_of(final),
-            *p.strides_of(marks), p.T, 0 if p.initial is None else len(p.initial), interval,
+            *p.strides_of(marks), p.T, 0 if p.initial is None else len(p.initial), interval, p.options.scale,
             config=config._replace(constants={**config.constants, **constants}),
         )  # fmt: skip
 
@@ -254,7 +254,7 @@ def chunk_kda_backward(
         kernels.scan_back_kernel, (blocks, p.N * p.HV), v,
         chunks.read_key, chunks.query, chunks.write_key, chunks.decay, chunks.solve_back, chunks.attend,
         chunks.strengths, written, d_out, d_state, d_initial, dv, d_states, d_written, d_strengths, p.offsets,
-        *d_out.stride()[:3], *dv.stride()[:3], *p.strides_of(d_state), *p.strides_of(d_initial), p.T,
+        *d_out.stride()[:3], *dv.stride()[:3], *p.strides_of(d_state), *p.strides_of(d_initial), p.T, options.scale,
         config=config._replace(constants={**config.constants, **constants}),
     )  # fmt: skip
 

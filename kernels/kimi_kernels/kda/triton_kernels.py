@@ -138,7 +138,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """Everything of one chunk and value head that does not need the state; grid (slots, HV).
 
-    With G the decay from the chunk's start: read_key = k G, query = scale q G, write_key = k (decay up to its end),
+    With G the decay from the chunk's start: read_key = k G, query = q G, write_key = k (decay up to its end),
     each [slots, HV, BT, KP]; decay [slots, HV, KP] = log2 G of the last row;
     solve = (I + beta A)^-1 diag(beta), attend = scale tril(q k^T decayed), each [slots, HV, BT, BT].
     To KEEP for gradients: solve = (I + A diag(beta))^-1 - I without the factor beta, solve_back = (I + beta A)^-1 - I,
@@ -184,8 +184,7 @@ def prepare_kernel(
             if HAS_BIAS:
                 bias = tl.load(dt_bias + head * K + c, mask=c < K, other=0.0).to(tl.float32)[None, :]
             x, y, step, after = _channels(
-                q_row, k_row, g_row, g_stride_t, bias, c, live, followed, q_norm * scale, k_norm, rate, lower_bound,
-                K, GATE,
+                q_row, k_row, g_row, g_stride_t, bias, c, live, followed, q_norm, k_norm, rate, lower_bound, K, GATE
             )  # fmt: skip
 
             if turn == 0:
@@ -217,7 +216,7 @@ def prepare_kernel(
         tl.store(solve_back + square, other.to(solve_back.dtype.element_ty))
     else:
         tl.store(solve + square, (strength[:, None] * inverse).to(solve.dtype.element_ty))
-    P += tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
+    P = scale * tl.where(row[:, None] == row[None, :], own[:, None], P)
     tl.store(attend + square, P.to(attend.dtype.element_ty))
 
 
@@ -236,7 +235,7 @@ def scan_kernel(
     initial_stride_n, initial_stride_h, initial_stride_k, initial_stride_v,
     final_stride_n, final_stride_h, final_stride_k, final_stride_v,
     boundaries_stride_n, boundaries_stride_h, boundaries_stride_k, boundaries_stride_v,
-    T, pool_slots, interval,
+    T, pool_slots, interval, scale,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     LEAST: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, POOLED: tl.constexpr,
     SEGMENTED: tl.constexpr, BOUNDARIES: tl.constexpr, PRECISION: tl.constexpr,
@@ -303,7 +302,7 @@ def scan_kernel(
             u *= tl.load(strengths + place * BT + row)[:, None]
         u = u.to(dtype)
         if not KEEP:
-            o = tl.dot(tl.load(query + tile), old, input_precision=PRECISION)
+            o = scale * tl.dot(tl.load(query + tile), old, input_precision=PRECISION)
             o += tl.dot(tl.load(attend + square), u, input_precision=PRECISION)
             tl.store(out_head + token[:, None] * out_stride_t, o.to(out.dtype.element_ty), mask=inside)
         state *= tl.exp2(tl.load(decay + place * KP + c))[:, None]
@@ -423,7 +422,7 @@ def scan_back_kernel(
     d_out_stride_b, d_out_stride_t, d_out_stride_h, dv_stride_b, dv_stride_t, dv_stride_h,
     d_final_stride_n, d_final_stride_h, d_final_stride_k, d_final_stride_v,
     d_initial_stride_n, d_initial_stride_h, d_initial_stride_k, d_initial_stride_v,
-    T,
+    T, scale,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -469,7 +468,7 @@ def scan_back_kernel(
         dx = dw * tl.load(strengths + place * BT + row)[:, None]
         tl.store(dv_head + token[:, None] * dv_stride_t, dx.to(dv.dtype.element_ty), mask=inside)
         d_state *= tl.exp2(tl.load(decay + place * KP + c))[:, None]
-        d_state += tl.dot(tl.trans(tl.load(query + tile)), do, input_precision=PRECISION)
+        d_state += scale * tl.dot(tl.trans(tl.load(query + tile)), do, input_precision=PRECISION)
         d_state -= tl.dot(tl.trans(tl.load(read_key + tile)), dx.to(dtype), input_precision=PRECISION)
     if HAS_INITIAL:
         at = d_initial + n * d_initial_stride_n + head * d_initial_stride_h
@@ -838,6 +837,7 @@ def aot_variants() -> list[Variant]:
         scan = {**pairs, **ends, "states": x, "written": "*fp32", "cu_seqlens": "*i32"}
         scan |= {"state_indices": "*i32", "resumed": "*u8", "starts": "*fp32", "carries": "*fp32"}
         scan |= {**state_types("boundaries"), **integer_types("pool_slots", "interval", "segments", "width")}
+        scan["scale"] = "fp32"
         whole = {**common, "LEAST": 8, "HAS_INITIAL": True, "POOLED": False, "SEGMENTED": False, "BOUNDARIES": False}
         for suffix, kept in (("", {"KEEP": False}), ("_kept", {"KEEP": True})):
             for kind, constant in (("", GATE_LOWER_BOUND), ("_softplus", GATE_SOFTPLUS)):
@@ -861,6 +861,7 @@ def aot_variants() -> list[Variant]:
         }
         grads |= {"written": "*fp32", "d_strengths": "*fp32", "strength_terms": "i32"}
         back = {**pairs, **grads, **state_types("d_initial", "d_final"), "cu_seqlens": "*i32", "T": "i32"}
+        back["scale"] = "fp32"
         constants = {**common, "HAS_INITIAL": True}
         add("kda_scan_back", scan_back_kernel, back, scan_back_config(K, V, wide), constants, backward=True)
         back = {**chunks, **grads, **dict.fromkeys(("states", "dq", "dk", "dg", "dbeta"), x)}
