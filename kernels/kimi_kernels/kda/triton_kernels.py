@@ -460,7 +460,12 @@ def scan_back_kernel(
         do = tl.load(d_out_head + token[:, None] * d_out_stride_t, mask=inside, other=0.0)
         du = tl.dot(tl.trans(tl.load(attend + square)), do, input_precision=PRECISION)
         du += tl.dot(tl.load(write_key + tile), behind, input_precision=PRECISION)
-        dw = du + tl.dot(tl.trans(tl.load(solve_back + square)), du.to(dtype), input_precision=PRECISION)
+        # In two parts: where keys are alike the sum cancels, and what du lost in rounding would be most of it.
+        back = tl.trans(tl.load(solve_back + square))
+        high = du.to(dtype)
+        dw = du + tl.dot(back, high, input_precision=PRECISION)
+        if dtype != tl.float32:
+            dw += tl.dot(back, (du - high.to(tl.float32)).to(dtype), input_precision=PRECISION)
         value_tile = place * BT * V + row[:, None] * V + column[None, :]
         tl.store(d_written + value_tile, dw.to(dtype), mask=in_value)
         term = tl.sum(dw * tl.load(written + value_tile, mask=in_value, other=0.0), axis=1)
