@@ -5,11 +5,12 @@ and options, in its order. What an interpreter cannot afford is scaled: batches 
 heads to 4, lengths to some 100 tokens with the same remainder of a chunk's 64; 20 to 70 where their kernel goes token
 by token (gates without a bound).
 
-Both are compared with equation 1 in float64. For outputs, states and results in float32 ours may err as much as theirs:
-5 % more is the scatter of the comparison itself, in float32 a part in a million. A gradient in half precision may err
-40 % more, and so may what doubled betas give, whose rounding ours sees twice. Two gradients are held to fla-core's
-limits alone, not to its errors: that of the initial state, where ours is up to 31 % worse on like keys and was five
-times worse in a case that forgets fast; and that of A_log, one number a head, for which fla-core only warns.
+Both are compared with equation 1 in float64, and ours may err as much as theirs: 5 % more is the scatter of the
+comparison itself, in float32 a part in a million. It is 25 % in half precision for gradients to which few roundings
+contribute most: those of g and of the initial state where all but some channels are forgotten at once, of beta, and of
+the gate's bias; and for final states of doubled betas, whose rounding ours sees twice. Over all cases the mean ratio of
+each of them is 0.55 to 0.9. A_log has one number a head, whose ratio means nothing: many heads are compared together in
+`test_gate_gradients_of_many_heads`, where none of these gradients needs more than 5 %.
 """
 
 from __future__ import annotations
@@ -32,11 +33,10 @@ pytestmark = [
     ),
 ]
 
-MARGIN, GRADIENT_MARGIN, FLOOR = 1.05, 1.4, 1e-6
+MARGIN, FEW_ROUNDINGS, FLOOR = 1.05, 1.25, 1e-6
 # fla-core's limits on the error of each result; a gate's gradients are its own.
 LIMITS = {"o": 0.005, "ht": 0.005, "g": 0.02, "beta": 0.02, "A_log": 0.02}
 OTHER_LIMIT = 0.008
-ONLY_LIMITED = ("initial_state", "A_log")
 f16, f32, bf16 = torch.float16, torch.float32, torch.bfloat16
 
 
@@ -60,19 +60,21 @@ def run(rule, inputs, options, weights=None, dtype=None):
     return {name: x.detach().cpu() for name, x in found.items()}
 
 
-def compare(oracle, ours, theirs, inputs, options, more=None, backward=True):
-    """`more`: options of theirs that ours does not have."""
+def compare(oracle, ours, theirs, inputs, options, more=None, backward=True, pooled=False):
+    """`more`: options of theirs that ours does not have. `pooled`: many heads, so that no result needs more room."""
     weights = None
     if backward:
         weights = torch.randn_like(inputs["v"]), torch.randn_like(inputs["initial_state"])
     exact = run(oracle, inputs, options, weights, torch.float64)
     peer = run(theirs, inputs, {**options, **(more or {})}, weights)
+    roomy = {"ht"} if options.get("allow_neg_eigval") else set()
+    if inputs["v"].dtype != f32 and not pooled:
+        roomy |= {"g", "beta", "initial_state", "dt_bias"}
     worse = []
     for name, x in run(ours, inputs, options, weights).items():
         mine, other = (((y.double() - exact[name]).norm() / exact[name].norm()).item() for y in (x, peer[name]))
-        as_theirs = inputs["v"].dtype == f32 or (name in ("o", "ht") and not options.get("allow_neg_eigval"))
-        above = mine > (MARGIN if as_theirs else GRADIENT_MARGIN) * other + FLOOR
-        if (above and name not in ONLY_LIMITED) or mine > LIMITS.get(name, OTHER_LIMIT):
+        above = mine > (FEW_ROUNDINGS if name in roomy else MARGIN) * other + FLOOR
+        if (above and (pooled or name != "A_log")) or mine > LIMITS.get(name, OTHER_LIMIT):
             worse.append(f"{name}: error {mine:.2e}, fla-core's {other:.2e}")
     assert not worse, worse
 
@@ -203,6 +205,15 @@ def test_chunk(oracle, fla_kda, B, T, H, HV, D, scale, normalizer, mask_p, l2nor
         options |= {"use_gate_in_kernel": True, **bounded(safe)}
     more = {"safe_gate": safe, "chunk_size": chunk, **({} if gate else bounded(safe))}
     compare(oracle, chunk_kda, fla_kda.chunk_kda, inputs, options, more)
+
+
+@pytest.mark.parametrize("T, safe, dtype", [(48, True, bf16), (8, False, f16)])
+def test_gate_gradients_of_many_heads(oracle, fla_kda, T, safe, dtype):
+    """Ours: few numbers of each head say little about whose kernel is more exact."""
+    inputs = dense(1, T, 4, 16, 16, dtype, gate=True, safe=safe, l2norm=True)
+    inputs |= {"A_log": torch.randn(16), "dt_bias": torch.randn(16 * 16)}
+    options = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, **bounded(safe)}
+    compare(oracle, chunk_kda, fla_kda.chunk_kda, inputs, options, {"safe_gate": safe}, pooled=True)
 
 
 @pytest.mark.parametrize("T, D, scale", [(63, 64, 1), (52, 60, 1), (32, 128, 0.1), (64, 64, 0.1)])
