@@ -4,7 +4,7 @@
 
 A row per kernel, configuration and target: registers of a thread, bytes spilled, shared memory of a program, and
 the matrix instructions in its code. The kernels are the `aot_variants()` of each op's `triton_kernels.py`. No GPU is
-needed; spills make the exit code 1 where they break the budget: no forward kernel may spill on sm_90.
+needed; spills make the exit code 1 where they break the budget: on sm_90 no kernel may, but those in MAY_SPILL.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ from kimi_kernels import _triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Kernels that spill on sm_90: the docstring of each's configuration says why.
+MAY_SPILL = {
+    "kda_gradient": "kda.triton_kernels.gradient_config",
+    "kda_gradient_softplus": "kda.triton_kernels.gradient_config",
+    "attnres_score": "attnres.triton_kernels.score_config",
+}
 _MATRIX = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"mma\.sync", "mfma": r"v_mfma"}
 
 
@@ -68,6 +74,7 @@ def compile_for(variant: _triton.Variant, target: str) -> Usage:
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     function, config = variant.kernel, variant.config
     if gpu.backend == "hip":  # kimi_kernels._triton.float32_products
+        config = variant.amd or config
         swapped = {k: "ieee" if v == "tf32x3" else v for k, v in config.constants.items()}
         config = config._replace(constants=swapped)
     names = function.arg_names
@@ -145,7 +152,7 @@ def over_budget(usage: Usage) -> str | None:
     """What is wrong with this usage, or None."""
     if usage.shared > SHARED_LIMIT[usage.target]:
         return f"{usage.shared} bytes of shared memory, {usage.target} has {SHARED_LIMIT[usage.target]}"
-    if usage.target == "sm_90" and usage.spill and not usage.backward:
+    if usage.target == "sm_90" and usage.spill and usage.kernel not in MAY_SPILL:
         return f"spills {usage.spill} bytes on sm_90"
     return None
 

@@ -33,6 +33,7 @@ class Variant(NamedTuple):
     signature: Mapping[str, str | tuple[str, ...]]  # of arguments that are no constants: "*bf16", ("i32", "i32")
     config: Config
     backward: bool = False
+    amd: Config | None = None  # where it differs
 
 
 def interpreting() -> bool:
@@ -58,9 +59,13 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def on_amd() -> bool:
+    return torch.version.hip is not None
+
+
 def float32_products() -> str:
     """`input_precision` of `tl.dot` for float32 results: what AMD lacks, NVIDIA does on its matrix units."""
-    return "ieee" if torch.version.hip else "tf32x3"
+    return "ieee" if on_amd() else "tf32x3"
 
 
 def rows(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 pytest.importorskip("triton")
@@ -17,6 +19,14 @@ def test_within_budget_on_sm_90(variant):
     usage = aot.compile_for(variant, "sm_90")
     assert aot.over_budget(usage) is None
     assert usage.registers <= 255 and "tcgen05" not in usage.matrix
+
+
+@pytest.mark.parametrize("name", aot.MAY_SPILL)
+def test_who_may_spill_says_why(name):
+    module, config = aot.MAY_SPILL[name].rsplit(".", 1)
+    docstring = getattr(importlib.import_module(f"kimi_kernels.{module}"), config).__doc__
+    assert "spill" in docstring
+    assert any(variant.name == name and variant.backward for variant in aot.variants()), "no forward kernel may"
 
 
 def test_budget():

@@ -80,7 +80,7 @@ def _mix(
         last = number == len(chunks) - 1
         # Never in place: a thread may read what another one of its program has written.
         to, lse_to = (out, lse) if last else (_empty(out, *out.shape), torch.empty_like(lse))
-        config = kernels.mix_config(len(chunk), count, width, size)
+        config = kernels.mix_config(len(chunk), count, width, size, _triton.on_amd())
         constants = {"CARRY": number > 0, "HAS_GAIN": last and gain is not None}
         _triton.launch(
             kernels.mix_kernel, (rows * -(-count // config.constants["SB"]),), out,

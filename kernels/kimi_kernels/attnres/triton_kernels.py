@@ -496,11 +496,12 @@ def queries_of_program(sources: int, count: int, most: int = MAX_QUERIES) -> int
     return -(-count // groups)
 
 
-def mix_config(sources: int, count: int, width: int, size: int) -> Config:
+def mix_config(sources: int, count: int, width: int, size: int, amd: bool = False) -> Config:
     """`size`: bytes of an element. Nothing here depends on the number of rows: a row has one result.
 
     One tile for all of a row where a thread's share of it, in float32, leaves room in the registers for the rest: then
-    the compiler reads it once. Otherwise tiles of 16 bytes a thread.
+    the compiler reads it once. Otherwise tiles of 16 bytes a thread; half of that for AMD, whose compiler unrolls a
+    loop of so few tiles and then keeps them all in registers.
     """
     SB, NP, DP = queries_of_program(sources, count), power_of_two(sources, 1), power_of_two(width, 32)
     V = _vector(size, DP)
@@ -509,7 +510,7 @@ def mix_config(sources: int, count: int, width: int, size: int) -> Config:
         BD = DP
     else:
         warps = min(warps, 8 if SB <= 2 else 4)
-        BD = 32 * V * warps
+        BD = 32 * V * warps // (2 if amd else 1)
     return Config({"N": sources, "NP": NP, "SB": SB, "D": width, "BD": BD, "V": V}, warps, 1)
 
 
@@ -551,12 +552,20 @@ def aot_variants() -> list[Variant]:
     variants = []
 
     def add(
-        name: str, kernel: Any, types: dict[str, Any], config: Config, backward: bool = False, **more: Any
+        name: str,
+        kernel: Any,
+        types: dict[str, Any],
+        config: Config,
+        backward: bool = False,
+        amd: Config | None = None,
+        **more: Any,
     ) -> None:
         strides = {argument: "i32" for argument in kernel.arg_names if argument.endswith("_stride")}
         signature = {a: {**types, **strides}[a] for a in kernel.arg_names if a in types or a in strides}
         config = config._replace(constants={**config.constants, **more})
-        variants.append(Variant(name, kernel, signature, config, backward))
+        if amd is not None:
+            amd = amd._replace(constants={**amd.constants, **more})
+        variants.append(Variant(name, kernel, signature, config, backward, amd))
 
     integers = dict.fromkeys(("rows", "count", "sources_in_all", "before", "rows_of_program"), "i32")
     numbers = {**integers, "scale": "fp32", "eps": "fp32"}
@@ -575,8 +584,9 @@ def aot_variants() -> list[Variant]:
             (10, 4, False, False), (16, 4, False, True), (3, 1, False, True),
         ):  # fmt: skip
             sources = {"sources": (x,) * n, "strides": ("i32",) * n}
-            config, flags = mix_config(n, count, width, size), {"CARRY": carry, "HAS_GAIN": gain}
-            add("attnres_mix", mix_kernel, {**types, **sources}, config, **flags)
+            config, amd = (mix_config(n, count, width, size, amd) for amd in (False, True))
+            types_here = {**types, **sources}
+            add("attnres_mix", mix_kernel, types_here, config, amd=amd, CARRY=carry, HAS_GAIN=gain)
         for n, count, gain in ((8, 4, False), (5, 1, False), (8, 4, True), (8, 1, True)):
             tuples = dict.fromkeys(("sources", "d_sources"), (x,) * n)
             tuples |= dict.fromkeys(("strides", "d_strides"), ("i32",) * n)
@@ -591,6 +601,6 @@ def aot_variants() -> list[Variant]:
             add("attnres_merge", merge_kernel, types, config, HAS_UPDATE=False, HAS_GAIN=gain)
             add("attnres_step", merge_kernel, types, config, HAS_UPDATE=True, HAS_GAIN=gain)
             add("attnres_merge_score", merge_score_kernel, types, config, True, HAS_GAIN=gain)
-            config, flags = merge_gradient_config(width), {"HAS_NEXT": True, "HAS_GAIN": gain}
-            add("attnres_merge_gradient", merge_gradient_kernel, types, config, True, **flags)
+            config = merge_gradient_config(width)
+            add("attnres_merge_gradient", merge_gradient_kernel, types, config, True, HAS_NEXT=True, HAS_GAIN=gain)
     return variants

@@ -183,12 +183,17 @@ def initial_gradient_kernel(
 
 def config(W: int) -> Config:
     """Of the kernels over tokens."""
-    return Config({"W": W, "BT": 32, "BD": 64}, 8, 1)
+    return Config({"W": W, "BT": 32, "BD": channels_of_program(W)}, 8, 1)
 
 
 def state_config(W: int) -> Config:
     """Of the kernels over states."""
-    return Config({"W": W, "WP": power_of_two(W, least=1), "BD": 64}, 4, 1)
+    return Config({"W": W, "WP": power_of_two(W, least=1), "BD": channels_of_program(W)}, 4, 1)
+
+
+def channels_of_program(W: int) -> int:
+    """The values under all taps are in registers at once: for a wide filter, of half as many channels."""
+    return 64 if W <= 4 else 32
 
 
 def aot_variants() -> list[Variant]:

@@ -51,7 +51,7 @@ def rmsnorm_gated_backward(
     dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
     dy, x, gate = map(_by_row, (dy, x, gate))
     count, width = x.shape[0] * x.shape[1], x.shape[2]
-    config = kernels.config(width)
+    config = kernels.config(width, backward=True)
     programs = -(-count // (config.constants["BR"] * kernels.TURNS))
     dweights = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     _triton.launch(

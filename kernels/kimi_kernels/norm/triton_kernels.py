@@ -71,10 +71,14 @@ def backward_kernel(
     tl.store(dweights + tl.program_id(0).to(tl.int64) * D + channel, total, mask=channel < D)
 
 
-def config(D: int) -> Config:
-    """Of both kernels; it depends on the width only, so that a row has the same bits in any batch."""
+def config(D: int, backward: bool = False) -> Config:
+    """It depends on the width only, so that a row has the same bits in any batch.
+
+    The backward keeps a row and its sums in registers: with 16 warps, which have 128 each, the widest would spill.
+    """
     DP = power_of_two(D)
-    return Config({"D": D, "DP": DP, "BR": max(1, 2048 // DP)}, min(16, max(4, DP // 512)), 1)
+    warps = min(8 if backward else 16, max(4, DP // 512))
+    return Config({"D": D, "DP": DP, "BR": max(1, 2048 // DP)}, warps, 1)
 
 
 def aot_variants() -> list[Variant]:
@@ -85,13 +89,12 @@ def aot_variants() -> list[Variant]:
     for D, kind in ((128, "*bf16"), (128, "*fp32"), (8192, "*bf16")):
         types = {**common, **dict.fromkeys(("dy", "x", "gate", "weight", "out", "dx", "dgate"), kind)}
         for silu in (False, True):
-            chosen = config(D)
             for name, kernel, more in (
                 ("rmsnorm_gated", forward_kernel, {}),
                 ("rmsnorm_gated_backward", backward_kernel, {"TURNS": TURNS}),
             ):
                 signature: dict[str, Any] = {name: types[name] for name in kernel.arg_names if name in types}
+                chosen = config(D, bool(more))
                 constants = {**chosen.constants, **more, "SILU": silu}
-                chosen_here = chosen._replace(constants=constants)
-                variants.append(Variant(name, kernel, signature, chosen_here, bool(more)))
+                variants.append(Variant(name, kernel, signature, chosen._replace(constants=constants), bool(more)))
     return variants
