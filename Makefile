@@ -45,5 +45,5 @@ $(NOX):
 
 # The server and the vllm tests share one environment; it is made again when the sources change.
 $(VLLM)/.ready: $(NOX) $(SOURCES)
-	$(NOX) -s vllm --install-only
+	$(NOX) -s vllm -- serve
 	@touch $@

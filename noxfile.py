@@ -153,8 +153,13 @@ def muonclip(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def vllm(session: nox.Session) -> None:
-    """A real vLLM on the CPU with our plugin: parity, invariance, a server end to end."""
+    """A real vLLM on the CPU with our plugin: parity, invariance, a server end to end.
+
+    `nox -s vllm -- serve` installs what serving needs and runs no test.
+    """
     install_vllm(session)
+    if session.posargs == ["serve"]:
+        return
     session.install("-q", *TEST_TOOLS)
     session.install("-q", "--no-deps", "arctic-inference==0.1.1")  # vLLM's suffix drafter, for its test
     run_tests(session, "tests/vllm")
