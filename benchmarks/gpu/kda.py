@@ -150,7 +150,7 @@ def decode(sequences: int, heads: int = 32, width: int = WIDTH) -> Case:
 def cases(size: Size) -> list[Case]:
     if size == "tiny":
         return [
-            forward(80, 1), forward(72, 2, packed=True), forward(64, 1, bounded=False), forward_backward(64, 1),
+            forward(80, 1), forward(72, 2, packed=True), forward(20, 1, bounded=False), forward_backward(64, 1),
             decode(2, 1, width=32),
         ]  # fmt: skip
     first = [

@@ -45,8 +45,8 @@ def oracle(
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("width", [1, 4, 8])
-@pytest.mark.parametrize("batch, tokens, channels", [(2, 1, 5), (1, 70, 20), (3, 6, 130), (1, 0, 16)])
+@pytest.mark.parametrize("width", [1, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch, tokens, channels", [(2, 1, 5), (1, 70, 20), (2, 6, 70), (1, 0, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_result_and_gradients_match_float64(
     dtype, batch, tokens, channels, width, activation, accurate_with_gradients

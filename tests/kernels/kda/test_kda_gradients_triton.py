@@ -87,7 +87,7 @@ def test_head_sizes(make, oracle, K, V):
 
 
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_everything_in_the_kernel(oracle, lower_bound, dtype):
     """Both gates, grouped value heads, packed sequences of no, one and several tokens."""
     T = 20 if dtype == torch.float32 else 70

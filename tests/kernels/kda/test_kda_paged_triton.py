@@ -18,9 +18,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not _triton.interpreting(), reason="needs TRITON_INTERPRET=1")
 
 LAYERS = [
-    {},
+    pytest.param({}, marks=pytest.mark.slow),
     {"H": 1, "HV": 3, "K": 24, "V": 40, "lower_bound": -5.0, "W": 3},
-    {"K": 128, "V": 128, "v_last": True},
+    pytest.param({"H": 1, "HV": 1, "K": 128, "V": 128, "v_last": True}, marks=pytest.mark.slow),
     {"K": 64, "V": 64, "dtype": torch.bfloat16, "lower_bound": -5.0},
 ]
 
@@ -85,6 +85,7 @@ def test_prefill_in_chunks_then_decode_is_one_prefill(Layer, settings):
     assert torch.equal(pieces[0][4, : layer.W - 1], whole[0][4, : layer.W - 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prefill_does_not_depend_on_the_batch(Layer, dtype):
     layer = Layer(dtype=dtype)

@@ -47,6 +47,7 @@ def errors(found, exact):
 CASES = ["random", "saturated", "slow decay of like keys", "no decay", "unbounded decay"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_as_near_to_float64_as_the_whole_scan(make, oracle, split, case, dtype):
@@ -97,6 +98,7 @@ def test_the_future_changes_no_bit_of_the_past(make, split):
         assert torch.equal(chunk_kda(*changed)[0][:, :first], before[:, :first])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prefill(Layer, split, dtype):
     """From and to the pool, with sequences that are skipped or start from zeros."""
@@ -163,6 +165,7 @@ def test_launches(make, monkeypatch, split):
         assert names == ["prepare_kernel", *more, "scan_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("invariant", [True, False])
 def test_batch_invariance(make, monkeypatch, on_h100, invariant):
     """A sequence gives the same bits alone and packed when asked for; else its scan is split as the batch allows."""
@@ -197,6 +200,7 @@ def test_batch_invariance(make, monkeypatch, on_h100, invariant):
         assert not all(same) and len(set(counts)) > 1
 
 
+@pytest.mark.slow
 def test_batch_invariance_of_a_prefill(Layer, monkeypatch, on_h100):
     monkeypatch.setenv("KIMI_KERNELS_BATCH_INVARIANT", "1")
     layer = Layer(H=1, HV=1, K=16, V=16, dtype=torch.bfloat16)

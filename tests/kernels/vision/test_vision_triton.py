@@ -90,7 +90,8 @@ def test_rotation_of_all_heads(rotated, accurate, heads, width):
         accurate("rotated", got, want)
 
 
-@pytest.mark.parametrize("rows", [[[1, 600]], [[1100, 1]]])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [[[1, 200]], [[1100, 1]]])
 def test_far_patches_are_rotated_as_exactly_as_near_ones(rotated, accurate, rows):
     grid = grid_of(rows)
     q, k = torch.randn(2, patches(grid), 1, 72)
@@ -117,7 +118,7 @@ def test_packed_projections_are_rotated_in_place(dtype):
 
 @pytest.mark.parametrize("rows, size", [(IMAGES, (4, 6)), (VIDEOS, (9, 2)), (LINES, (1, 3)), ([], (2, 2))])
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_positions_and_gradients_match_float64(embedded, accurate_with_gradients, rows, size, mode, dtype):
     grid, frames = grid_of(rows), sincos_time_embed(3, 20)
     accurate_with_gradients(
@@ -142,7 +143,7 @@ def test_positions_of_a_wide_table_and_of_its_own_size(embedded, accurate, mode)
 def test_gradient_of_the_table_at_all_ratios(embedded, accurate, mode):
     """Every size of an image against every size of a table, to the last user of each entry."""
     for side in (1, 2, 3, 8):
-        for size in (1, 2, 3, 7, 8, 9, 31):
+        for size in (1, 3, 7, 8, 19):
             grid = grid_of([[size, 1], [1, size]])
             d_out, weight = torch.randn(2 * size, 4), torch.randn(side, 2, 4, requires_grad=True)
             (got,) = torch.autograd.grad(embed(torch.zeros(2 * size, 4), weight, grid, mode), weight, d_out)
