@@ -39,6 +39,10 @@ struct InFlight {
   double sent;
 };
 
+// By reference a slice is some bytes on the wire and one copy: what it costs is two threads that wake, so few are best.
+// Half of what may be in flight, so that the next one is there when a copy ends.
+constexpr double REFERENCE_SLICE = 8 << 20;
+
 constexpr std::array<double, 6> REROUTE_BUCKETS_MS = {5, 10, 20, 30, 50, 100};
 
 struct LinkCounters {
@@ -101,7 +105,8 @@ struct Link {
   bool usable() const { return state == LinkState::up && !stalled; }
   LinkLoad load() const {
     return {usable(), path.tier, rate.bytes_per_second(), rate.measured(), outstanding,
-            static_cast<uint32_t>(in_flight.size()), round_trip, depth.seconds()};
+            static_cast<uint32_t>(in_flight.size()), round_trip, depth.seconds(),
+            transport != nullptr && transport->by_reference() ? REFERENCE_SLICE : 0};
   }
 };
 

@@ -43,8 +43,9 @@ double predicted(const LinkLoad& link, double bytes) { return (link.outstanding 
 double Scheduler::slice_bytes(const LinkLoad& link, double backlog, size_t usable) const {
   // The last slices are smaller, so that the links finish together.
   const double share = backlog / (2.0 * static_cast<double>(usable));
-  const double wanted = usable > 1 ? std::min(link.rate * policy_.slice_seconds, share) : policy_.slice_max;
-  return std::clamp(wanted, policy_.slice_min, policy_.slice_max);
+  const double largest = std::max(policy_.slice_max, link.largest);
+  const double wanted = usable > 1 ? std::min(link.rate * policy_.slice_seconds, share) : largest;
+  return std::clamp(wanted, policy_.slice_min, largest);
 }
 
 std::optional<Choice> Scheduler::next(std::span<const LinkLoad> links, double backlog) {

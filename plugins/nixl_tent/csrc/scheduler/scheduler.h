@@ -25,6 +25,7 @@ struct LinkLoad {
   uint32_t slices = 0;        // slices given to the link and not finished
   double round_trip = 0;      // seconds, the shortest seen
   double queue_seconds = 0;   // what this link needs not to run dry
+  double largest = 0;         // bytes of a slice that this link is better off with than with the policy's, if more
 };
 
 struct Choice {

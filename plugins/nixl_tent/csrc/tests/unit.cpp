@@ -210,6 +210,11 @@ void scheduling() {
   links[1].usable = false;
   EXPECT(scheduler.next(links, 1e6)->link == 0);
 
+  // A link may ask for larger slices than the policy's; a policy of larger ones still holds.
+  links[0].largest = 8 << 20;
+  EXPECT(scheduler.next(links, 1e9)->bytes == 8 << 20);
+  EXPECT(tent::Scheduler({.slice_max = 16 << 20}).next(links, 1e9)->bytes == 16 << 20);
+
   // Idle links of one rate: each could leave the little there is to all the others together, but one must take it.
   for (const size_t count : {2, 3, 8, 64}) {
     const std::vector<tent::LinkLoad> equal(count, {.usable = true, .rate = 1e9, .measured = true});
