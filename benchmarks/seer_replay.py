@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Ratio, paired_ratio, print_result, table
+from benchmarks.common import Ratio, command_line, paired_ratio, print_result, table
 from verl_seer.scheduler import SchedulerConfig
 from verl_seer.simulate.costs import StepModel
 from verl_seer.simulate.fit import Step, fit_handover, fit_steps
@@ -482,7 +482,7 @@ def report(
         for run in runs[policy]:
             del run["steps"]
     extra = {
-        "command": " ".join(["python -m benchmarks.seer_replay", *sys.argv[1:]]),
+        "command": command_line("seer_replay"),
         "setup": dataclasses.asdict(setup), "runs": runs, "fitted": fitted,
         "predictions": predictions, "predicted_setups": [dataclasses.asdict(s) for s in PREDICTED],
     }  # fmt: skip

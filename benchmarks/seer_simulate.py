@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.common import Ratio, machine, print_result, table
+from benchmarks.common import Ratio, command_line, machine, print_result, table
 from verl_seer.scheduler import SchedulerConfig
 from verl_seer.simulate.paper import ABLATION, FIGURES, GAIN_AIM, TAIL_AIM
 from verl_seer.simulate.presets import BASELINE, WORKLOADS, policies
@@ -246,7 +245,7 @@ def main() -> None:
         plot(options.plots, extra)
     if options.out:
         body = {
-            "command": " ".join(["python -m benchmarks.seer_simulate", *sys.argv[1:]]), "machine": machine(),
+            "command": command_line("seer_simulate"), "machine": machine(),
             "ratios": [dataclasses.asdict(r) for r in ratios], **extra,
         }  # fmt: skip
         options.out.write_text(json.dumps(body, indent=1) + "\n")

@@ -558,7 +558,8 @@ def main() -> int:
     if arguments.out and any("ideal" in case for case in found.values()):
         plot(found, sizes.large, arguments.out / "tent.png")
     save = arguments.out / "tent.json" if arguments.out else None
-    print_result("tent", ratios, save, mbit=arguments.mbit, megabytes=sizes.large // MIB, failed=failed,
+    rows = {name: case["rows"] if "rows" in case else case["row"] for name, case in found.items()}
+    print_result("tent", ratios, save, mbit=arguments.mbit, megabytes=sizes.large // MIB, failed=failed, rows=rows,
                  mooncake=absent or "measured")  # fmt: skip
     return 1 if failed else 0
 

@@ -31,6 +31,7 @@ def same_training(
     norm: float = 1e-3,
     spare: int = 0,
 ) -> None:
+    """`spare`: elements of each table of AdamW's that may differ by its whole steps."""
     assert "error" not in got, got["trace"]
     for step, other in zip(got["history"], expected["history"], strict=True):
         assert step["updated"] == 1.0
@@ -38,7 +39,8 @@ def same_training(
         assert step["norm"] == pytest.approx(other["norm"], rel=norm)
     assert got["weights"].keys() == expected["weights"].keys()
     for name, value in got["weights"].items():
-        assert distance(value, expected["weights"][name], spare) <= weight, name
+        table = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        assert distance(value, expected["weights"][name], spare if table else 0) <= weight, name
 
 
 def test_training_is_not_trivial(one: dict[str, Any]) -> None:
@@ -96,7 +98,7 @@ def test_fp16_weights_with_shards(one: dict[str, Any], two: dict[str, Any]) -> N
     Two processes add halved gradients, and a few of them are below what float16 resolves: AdamW gives those a full
     step of either sign. On one processor no element of the embedding did so, on another one of 2,048.
     """
-    same_training(two["zero, fp16"], one["fp16"], loss=2e-4, weight=2e-3, spare=4)
+    same_training(two["zero, fp16"], one["fp16"], loss=2e-4, weight=2e-3, spare=2)
     same_training(one["fp16"], one["gpt"], loss=2e-3, weight=2e-2, norm=1e-2)
 
 

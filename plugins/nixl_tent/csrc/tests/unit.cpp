@@ -1,4 +1,4 @@
-// Checks of the parts that need no sockets: slices, scheduler, rate, stall, framing, metadata, keys, configuration.
+// Checks of single parts: slices, scheduler, rate, stall, framing, metadata, keys, configuration, files, direct copies.
 // Prints one line per failure; exits with 1 if there was one.
 #include <fcntl.h>
 #include <sys/mman.h>
